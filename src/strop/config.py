@@ -1,0 +1,244 @@
+"""Every setting of a run: frozen sections, each field with its meaning under it.
+
+An unknown key is an error that offers the nearest name (`config_load.py`). A config is never changed after loading;
+numbers that follow from it and from the machine live in the `Plan`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StrList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent conversion of a string to a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model is trained, and what generates."""
+
+    path: str = "demo"
+    """A model folder, a Hugging Face id, or `demo`: the small reasoning model that ships with Strop."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and activations. `auto`: float32 on a CPU, bfloat16 on a CUDA card that has it."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What generates completions. `auto`: vLLM where it is installed, else transformers."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters. With `r: 0` all weights are trained (full fine-tuning)."""
+
+    r: int = Field(16, ge=0, le=512)
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapter's product is scaled by alpha / r."""
+    target_modules: StrList = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Names of the linear layers that get an adapter."""
+    init_from: str | None = None
+    """A folder with a PEFT adapter to start from; with beta > 0 it is also the reference."""
+
+
+class TaskConfig(Section):
+    """Problems, prompts and reference answers."""
+
+    name: Literal["arithmetic", "gsm8k", "countdown", "dataset", "gym"] = "arithmetic"
+    """`arithmetic` and `countdown` are generated; `gsm8k` and `dataset` read rows; `gym` is a reasoning-gym data set."""
+    path: str | None = None
+    """File (.jsonl, .json, .parquet, .csv), folder of such files, or Hugging Face dataset id; for `gym` its name."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset, e.g. `main`."""
+    train_split: str = "train"
+    """Split, or file stem in a folder, that is trained on."""
+    eval_split: str | None = "test"
+    """Split, or file stem, that is held out. null: `eval_size` rows are taken off the training rows."""
+    eval_size: int = Field(200, ge=1)
+    """How many problems an evaluation uses at most (`run.eval_num_problems` may ask for fewer)."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of messages."""
+    question_column: str = "question"
+    """Column that `template` is filled with when there is no prompt column."""
+    answer_column: str = "answer"
+    """Column with the reference answer."""
+    template: str | None = None
+    """Prompt made of a row's columns, e.g. `{question} Answer with a number.`; null: the bare question."""
+    system_prompt: str | None = None
+    """Put before the question as a system message; the prompt is then conversational."""
+    conversational: bool = True
+    """Send a plain-text question through the model's chat template as a user message, where it has one."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    max_prompt_length: int = Field(512, ge=1)
+    """Rows with more prompt tokens are dropped and counted."""
+    difficulty: int = Field(2, ge=1, le=9)
+    """For generated tasks: how hard, roughly the number of digits."""
+    families: StrList = ()
+    """For `arithmetic`: which kinds of problem; empty for all."""
+    shuffle: bool = True
+    """Visit the rows of an epoch in an order drawn from (seed, epoch)."""
+
+
+class RewardsConfig(Section):
+    """Functions that score completions."""
+
+    funcs: StrList = ()
+    """Built-in names, `package.module:function` or `path.py:function`, in TRL's signature; empty: the task's own."""
+    weights: tuple[float, ...] = ()
+    """One per function; 0 means logged only. Empty: all 1."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Limit per completion and function call; past it the completion is unscored, never 0."""
+    workers: int = Field(1, ge=1, le=64)
+    """Processes that score while others still decode."""
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    num_prompts: int = Field(8, ge=1)
+    """P: problems per optimizer step."""
+    num_generations: int = Field(8, ge=2)
+    """G: completions per problem; the group that advantages are relative to."""
+    max_completion_length: int = Field(512, ge=1)
+    """Most tokens of a completion, the stop token included."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the trainer divides its logits by it as well."""
+    top_p: float = 1.0
+    """Only 1 is allowed: a truncated distribution would bias the probability ratios."""
+    top_k: int = 0
+    """Only 0 (off) is allowed, for the same reason."""
+    min_p: float = 0.0
+    """Only 0 (off) is allowed, for the same reason."""
+    repetition_penalty: float = 1.0
+    """Only 1 (off) is allowed, for the same reason."""
+
+    @model_validator(mode="after")
+    def _temperature_only(self) -> RolloutConfig:
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        for key, value in neutral.items():
+            given = getattr(self, key)
+            if given != value and not (key == "top_k" and given == -1):
+                raise ValueError(
+                    f"{key}: {given} given, {value} is needed: the log-probabilities of a truncated or penalised "
+                    "distribution are not those the trainer computes, so every ratio would be biased"
+                )
+        return self
+
+
+class ObjectiveConfig(Section):
+    """The loss. Names and meanings are TRL's."""
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    """What the sum over tokens is divided by; see docs/concepts.md."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that advantages are divided by."""
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """Lower clip bound of the probability ratio is 1 - epsilon."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """Upper clip bound is 1 + epsilon_high; null: epsilon."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL term against the policy at step 0."""
+    mask_truncated_completions: bool = False
+    """Leave completions that ran into the token limit out of the loss and of the denominators."""
+    importance_sampling_mode: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    """Correction for engine and trainer disagreeing on a log-probability (TRL: vllm_importance_sampling_mode)."""
+    importance_sampling_clip_max: float = Field(2.0, ge=1)
+    """Cap of the correction (TRL: vllm_importance_sampling_clip_max)."""
+
+
+class OptimConfig(Section):
+    """AdamW with fp32 masters; the learning rate is a function of the step alone."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """What happens after the warm-up, until run.max_steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward and backward pass; null: planned. Changes no gradient beyond float order."""
+    share_prompt: bool = True
+    """Pass a group's prompt through the layers once instead of once per completion."""
+
+
+class RunConfig(Section):
+    """Where, how long, how often."""
+
+    out: str | None = None
+    """Run folder; null: runs/NAME of the config file."""
+    max_steps: int = Field(100, ge=1)
+    """Optimizer steps."""
+    seed: int = Field(0, ge=0)
+    """Every draw of the run follows from it."""
+    save_steps: int = Field(20, ge=1)
+    """Steps between checkpoints."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are removed."""
+    eval_steps: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before and after."""
+    eval_num_problems: int = Field(100, ge=0)
+    """Held-out problems per evaluation; 0 turns evaluation off."""
+    eval_num_generations: int = Field(4, ge=1)
+    """k: completions per held-out problem, for pass@1 and pass@k."""
+    eval_temperature: float = Field(1.0, ge=0)
+    """Temperature of evaluation; 0 is greedy (then k is 1)."""
+    rollout_steps: int = Field(10, ge=0)
+    """Steps between stored rollout files; 0: none."""
+    threads: int = Field(0, ge=0)
+    """CPU threads for torch and vLLM; 0: planned. Part of the promise of bit-equal resume."""
+    vram_gib: float | None = Field(None, gt=0)
+    """The one memory dial: GPU memory that the process may use; null: what is free. Unused on a CPU."""
+    report_to: StrList = ("tensorboard",)
+    """Trackers: `tensorboard`, or `none`."""
+    stall_warning_s: float = Field(60.0, gt=0)
+    """Say so when no completion finished for this long."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    rewards: RewardsConfig = Field(default_factory=RewardsConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.rewards.weights and len(self.rewards.weights) != len(self.rewards.funcs):
+            raise ValueError(
+                f"rewards.weights has {len(self.rewards.weights)} values for {len(self.rewards.funcs)} functions; "
+                "one weight per function is needed"
+            )
+        if self.rewards.weights and not any(w != 0 for w in self.rewards.weights):
+            raise ValueError("every value of rewards.weights is 0, so nothing would be learned")
+        if self.lora.init_from is not None and self.lora.r == 0:
+            raise ValueError("lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r")
+        if self.objective.mask_truncated_completions and self.rollout.max_completion_length < 2:
+            raise ValueError("with max_completion_length 1 every completion is truncated and would be masked")
+        return self
