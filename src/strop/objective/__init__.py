@@ -1,0 +1,1 @@
+"""The maths of a step as pure functions: advantages, losses, sampler correction, packing, log-probabilities."""

@@ -1,0 +1,1 @@
+"""The trained model: loading, adapters, packed attention, chunked log-probabilities, optimizer."""

@@ -1,0 +1,172 @@
+"""Attention over a packed batch: each completion sees its group's prompt and itself.
+
+The whole batch passes the model as one row of T tokens. Per layer, two dense calls do the work: all prompts, padded to
+the longest; and all completions, padded to the longest, over [keys of their prompt; own keys]. A prompt's keys and
+values are computed once and gathered for each of its completions. It is plugged into transformers through its public
+AttentionInterface, so one function serves every decoder whose layers pass keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..types import GroupSpan
+
+ATTENTION_NAME = "strop_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Index tensors that cut the packed row into padded prompts and completions and put the results back."""
+
+    prompt_index: torch.Tensor
+    """[P, longest prompt] into T; padding points at the prompt's first token."""
+    completion_index: torch.Tensor
+    """[C, longest completion] into T."""
+    prompt_of_completion: torch.Tensor
+    """[C] row of `prompt_index`."""
+    restore_T: torch.Tensor
+    """[T] into the concatenated padded prompts and completions."""
+    prompt_mask: torch.Tensor
+    """[P, 1, Lp, Lp] bool, True where attention is allowed."""
+    completion_mask: torch.Tensor
+    """[C, 1, Lc, Lp + Lc] bool."""
+    prompt_positions: torch.Tensor
+    """[P, Lp]; used for sliding windows."""
+    completion_positions: torch.Tensor
+    """[C, Lc]."""
+
+    @classmethod
+    def build(cls, groups: tuple[GroupSpan, ...], device: torch.device | str = "cpu") -> PackedLayout:
+        """Lay out the groups of a `MicroBatch`."""
+        # A completion of one token has nothing left to pass through the layers.
+        spans = [(g, s) for g, group in enumerate(groups) for s in group.completions if s.length > 0]
+        prompt_lengths = torch.tensor([g.prompt_length for g in groups])
+        lengths = torch.tensor([s.length for _, s in spans], dtype=torch.int64)
+        owner = torch.tensor([g for g, _ in spans], dtype=torch.int64)
+        longest_prompt = int(prompt_lengths.max())
+        longest = int(lengths.max()) if spans else 0
+        prompt_index = _padded([g.prompt_start for g in groups], prompt_lengths, longest_prompt)
+        completion_index = _padded([s.start for _, s in spans], lengths, longest)
+        total = sum(g.prompt_length + sum(s.length for s in g.completions) for g in groups)
+        restore = torch.empty(total, dtype=torch.int64)
+        slots = torch.arange(prompt_index.numel() + completion_index.numel())
+        flat = torch.cat([prompt_index.flatten(), completion_index.flatten()])
+        valid = torch.cat(
+            [_valid(prompt_lengths, longest_prompt).flatten(), _valid(lengths, longest).flatten()]
+        )
+        restore[flat[valid]] = slots[valid]
+        prompt_ok = _valid(prompt_lengths, longest_prompt)
+        causal_p = torch.ones(longest_prompt, longest_prompt, dtype=torch.bool).tril()
+        causal_c = torch.ones(longest, longest, dtype=torch.bool).tril()
+        prompt_mask = causal_p & prompt_ok[:, None, :]
+        seen_prompt = prompt_ok[owner][:, None, :].expand(-1, longest, -1)
+        completion_mask = torch.cat([seen_prompt, causal_c.expand(len(spans), -1, -1)], dim=-1)
+        offsets = torch.arange(longest_prompt)
+        return cls(
+            prompt_index=prompt_index.to(device),
+            completion_index=completion_index.to(device),
+            prompt_of_completion=owner.to(device),
+            restore_T=restore.to(device),
+            prompt_mask=prompt_mask[:, None].to(device),
+            completion_mask=completion_mask[:, None].to(device),
+            prompt_positions=offsets.expand(len(groups), -1).to(device),
+            completion_positions=(prompt_lengths[owner][:, None] + torch.arange(longest)).to(device),
+        )
+
+
+def _padded(starts: list[int], lengths: torch.Tensor, longest: int) -> torch.Tensor:
+    offsets = torch.arange(longest).expand(len(starts), -1)
+    within = torch.where(offsets < lengths[:, None], offsets, torch.zeros_like(offsets))
+    return torch.tensor(starts, dtype=torch.int64)[:, None] + within
+
+
+def _valid(lengths: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.arange(longest)[None, :] < lengths[:, None]
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    *,
+    scaling: float | None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Attend within the layout: query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D]."""
+    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    q_p, k_p, v_p = (_take(x, layout.prompt_index) for x in (query, key, value))
+    prompt_mask, completion_mask = layout.prompt_mask, layout.completion_mask
+    if sliding_window is not None:
+        at_p, at_c = layout.prompt_positions, layout.completion_positions
+        at_keys = torch.cat([at_p[layout.prompt_of_completion], at_c], dim=-1)
+        prompt_mask = prompt_mask & _within(at_p, at_p, sliding_window)
+        completion_mask = completion_mask & _within(at_c, at_keys, sliding_window)
+    out = _sdpa(q_p, k_p, v_p, prompt_mask, scaling)
+    if layout.completion_index.numel():
+        q_c, k_c, v_c = (_take(x, layout.completion_index) for x in (query, key, value))
+        k_c = torch.cat([k_p.index_select(0, layout.prompt_of_completion), k_c], dim=2)
+        v_c = torch.cat([v_p.index_select(0, layout.prompt_of_completion), v_c], dim=2)
+        out = torch.cat([out, _sdpa(q_c, k_c, v_c, completion_mask, scaling)])
+    return out.index_select(0, layout.restore_T)[None]
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[T, heads, D] -> [rows, heads, length, D]."""
+    return x.index_select(0, index.flatten()).unflatten(0, tuple(index.shape)).transpose(1, 2)
+
+
+def _within(query_at: torch.Tensor, key_at: torch.Tensor, window: int) -> torch.Tensor:
+    return (query_at[:, :, None] - key_at[:, None, :] < window)[:, None]
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """[rows, heads, Lq, D] x [rows, kv heads, Lk, D] -> [rows * Lq, heads, D]."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _interface(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    strop_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The signature that transformers' AttentionInterface calls; the layout travels as a keyword of the forward pass."""
+    assert strop_layout is not None, "the packed attention was called without a layout"
+    window = sliding_window or getattr(module, "sliding_window", None)
+    out = packed_attention(query, key, value, strop_layout, scaling=scaling, sliding_window=window)
+    return out, None
+
+
+def register() -> None:
+    """Make the packed attention known to transformers; calling it twice changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _interface)
+
+
+@contextmanager
+def packed(config: Any) -> Iterator[None]:
+    """Let a model use the packed attention inside the block, and what it used before outside of it."""
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
