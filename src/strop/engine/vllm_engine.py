@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import EngineError
 from ..types import Request, Rollout, Sampling
@@ -22,6 +22,10 @@ class VllmEngine:
     """The real vLLM, built in this process from a model folder. See `Engine` for the contract."""
 
     name = "vllm"
+    _alive = 0
+    _parked: ClassVar[list[Any]] = []
+    """Engines closed while another one runs: vLLM's process groups are shared by all of a process, and freeing any
+    engine would end them for the others."""
 
     def __init__(self, settings: EngineSettings, decode: Callable[[Sequence[int]], str], *, device: str) -> None:
         """Load the model; `decode` turns token ids into text. Raises EngineError with what vLLM said."""
@@ -51,6 +55,7 @@ class VllmEngine:
             # The path is never read: this id is resident already.
             self._adapter_request = LoRARequest("policy", vllm_weights.ADAPTER_ID, "/resident")
         self._count = 0
+        VllmEngine._alive += 1
 
     def _engine_args(self) -> dict[str, Any]:
         s = self._settings
@@ -73,6 +78,8 @@ class VllmEngine:
             args["block_size"] = s.block_size
         if self._device == "cpu":
             args["enforce_eager"] = True
+            # vLLM 0.32 raises "CPU Generator does not use offset" when a seeded request is prefilled in pieces.
+            args["enable_chunked_prefill"] = False
         else:
             # CUDA graphs for decoding without Inductor: most of the speed for a fraction of the start-up.
             args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -195,8 +202,13 @@ class VllmEngine:
         """See `release_memory`."""
 
     def close(self) -> None:
-        """Shut the engine down and drop its memory."""
-        self._llm.engine_core.shutdown()
+        """Free the engine, and with the last one of the process vLLM's process groups."""
+        VllmEngine._alive -= 1
+        VllmEngine._parked.append(self._llm)
+        if VllmEngine._alive == 0:
+            for llm in VllmEngine._parked:
+                llm.engine_core.shutdown()
+            VllmEngine._parked.clear()
         self._adapter_request = None
         del self._llm, self._runner, self._scheduler
         gc.collect()

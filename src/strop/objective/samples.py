@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..types import Metric, Sample, ScoredRollout
-from .advantages import Scale, group_advantages
+from .advantages import GroupAdvantages, Scale, group_advantages
 from .losses import LOSSES, StepCounts
 
 
@@ -63,20 +63,19 @@ def make_samples(
         wanted = keep_groups_without_signal or result.has_signal_P[i // num_generations]
         if trained_N[i] and advantage is not None and wanted:
             samples.append(Sample(scored, advantage, weight(num_trained_tokens(scored), counts)))
-    return SampleBatch(tuple(samples), result.advantages_N, counts, _metrics(scored_N, num_generations, result))
+    return SampleBatch(tuple(samples), result.advantages_N, counts, _metrics(scored_N, result))
 
 
-def _metrics(scored_N: Sequence[ScoredRollout], num_generations: int, result: object) -> dict[str, Metric]:
-    has_signal_P, group_std_P = result.has_signal_P, result.group_std_P  # type: ignore[attr-defined]
+def _metrics(scored_N: Sequence[ScoredRollout], groups: GroupAdvantages) -> dict[str, Metric]:
     rewards = [s.reward for s in scored_N if s.reward is not None]
     lengths = [s.rollout.num_completion_tokens for s in scored_N]
     terminated = [n for n, s in zip(lengths, scored_N, strict=True) if not s.rollout.is_truncated]
-    stds = [std for std in group_std_P if not math.isnan(std)]
+    stds = [std for std in groups.group_std_P if not math.isnan(std)]
     count = len(scored_N)
     metrics = {
         "reward": Metric(math.fsum(rewards), len(rewards)),
         "reward_std": Metric(math.fsum(stds), len(stds)),
-        "frac_reward_zero_std": Metric(sum(not s for s in has_signal_P), len(has_signal_P)),
+        "frac_reward_zero_std": Metric(sum(not s for s in groups.has_signal_P), len(groups.has_signal_P)),
         "frac_unscored": Metric(count - len(rewards), count),
         "completions/mean_length": Metric(sum(lengths), count),
         "completions/min_length": Metric(min(lengths), kind="min"),

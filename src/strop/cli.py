@@ -1,0 +1,174 @@
+"""The `strop` command: one thin function per verb. Heavy modules are imported when a verb needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import StropError
+
+if TYPE_CHECKING:
+    from .config import Config
+
+app = typer.Typer(
+    help="Train a reasoning model with GRPO on one GPU (or a CPU), with vLLM embedded in the training loop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. optim.learning_rate=1e-5.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/NAME of the config.")]
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Turn errors meant for a user into a message and exit code 2, a second Ctrl-C into 130."""
+    try:
+        yield
+    except StropError as e:
+        print(f"error: {e.message}", file=sys.stderr)
+        if e.hint:
+            print(f"hint: {e.hint}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("stopped at once; `--resume` goes on from the newest checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' banners and bars out of the view; whoever set these variables keeps them."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    overrides: Set = None,
+) -> None:
+    """Train a run."""
+    with _messages():
+        from .config_load import load_config
+
+        checked = load_config(config, overrides or [])
+        if dry_run:
+            _show_plan(checked)
+            return
+        folder = out or (Path(checked.run.out) if checked.run.out else Path("runs") / config.stem)
+        _finish(_train(checked, folder, resume=resume), folder)
+
+
+@app.command()
+def demo(
+    lora: Annotated[bool, typer.Option("--lora", help="Train rank-16 adapters instead of all weights.")] = False,
+    out: Out = None,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    overrides: Set = None,
+) -> None:
+    """Train the small model that ships with Strop to do arithmetic, in a few minutes on two CPU cores."""
+    with _messages():
+        from .config_load import load_config
+        from .recipes_dir import recipe_path
+
+        changes = [f"run.seed={seed}", *(overrides or [])]
+        checked = load_config(recipe_path("demo-lora" if lora else "demo"), changes)
+        folder = out or _unused(Path("runs") / ("demo-lora" if lora else "demo"))
+        summary = _train(checked, folder, resume=False)
+        before, after = summary["eval_before"], summary["eval_after"]
+        if before and after:
+            print(
+                f"accuracy {before['pass@1']:.1%} -> {after['pass@1']:.1%} on {after['problems']} held-out problems "
+                f"(pass@1, {after['k']} samples each; pass@{after['k']} {before['pass@k']:.1%} -> {after['pass@k']:.1%}) "
+                f"in {summary['seconds']:.0f} s"
+            )
+        _finish(summary, folder)
+
+
+@app.command()
+def plan(config: Annotated[Path, typer.Argument(help="YAML file.")], overrides: Set = None) -> None:
+    """Show every derived number of a run with its reason; loads no weights."""
+    with _messages():
+        from .config_load import load_config
+
+        _show_plan(load_config(config, overrides or []))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A config (the model as it is), or a run folder (its newest checkpoint).")],
+    overrides: Set = None,
+) -> None:
+    """Measure pass@1 and pass@k on held-out problems."""
+    with _messages():
+        _quiet_libraries()
+        from .trainer.evaluate_run import evaluate_target
+
+        result = evaluate_target(target, overrides or [])
+        print(f"pass@1 {result.pass_at_1:.1%}  pass@{result.k} {result.pass_at_k:.1%}  on {result.problems} held-out problems")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed and whether it is a tested pair; print this with a bug report."""
+    with _messages():
+        _quiet_libraries()
+        from .trainer.doctor import report
+
+        for line in report():
+            print(line)
+
+
+def _train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
+    _quiet_libraries()
+    from .trainer.loop import train as run
+
+    return run(config, out=folder, resume=resume)
+
+
+def _show_plan(config: Config) -> None:
+    _quiet_libraries()
+    from .trainer.parts import prepare
+
+    prepared = prepare(config)
+    for line in prepared.plan.lines():
+        print(line)
+    for reason, count in prepared.task.dropped.items():
+        print(f"{count} rows are dropped: {reason}")
+
+
+def _finish(summary: dict[str, Any], folder: Path) -> None:
+    print(f"run folder: {folder}")
+    if summary["stopped"] == "interrupted":
+        print(f"stopped after step {summary['steps']}; go on with --resume --out {folder}")
+        raise typer.Exit(130)
+
+
+def _unused(folder: Path) -> Path:
+    """Return `folder`, or the first of folder-2, folder-3, … that does not exist."""
+    number, candidate = 1, folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def main() -> None:
+    """Entry point of the `strop` command."""
+    app()

@@ -1,0 +1,116 @@
+"""Accuracy of a model on held-out arithmetic problems, by family: greedy, sampled once, and best of k samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..seeding import derive_seed
+from ..tasks.arithmetic import FAMILIES, Puzzle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_DRAWS = 40
+"""Draws per wanted problem; one draw in eight is held out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Shares in 0..1 over `num_problems` problems."""
+
+    num_problems: int
+    greedy: float
+    pass_at_1: float
+    """Mean over all samples at temperature 1."""
+    pass_at_k: float
+    """Share of problems that at least one of the k samples answers."""
+    mean_tokens: float
+    """Mean length of a sampled completion, the end of the turn included."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, rounded to four digits."""
+        return {name: round(getattr(self, name), 4) for name in self.__slots__}
+
+
+def held_out_puzzles(count_per_family: int, difficulty: int = 2) -> list[Puzzle]:
+    """Return different held-out problems of every family; a family that has fewer gives what it has."""
+    found: dict[str, Puzzle] = {}
+    for family, draw in FAMILIES.items():
+        rng = Random(derive_seed("demo/measure", family, difficulty))
+        draws = (draw(rng, difficulty) for _ in range(count_per_family * MAX_DRAWS))
+        fresh = {puzzle.key: puzzle for puzzle in draws if puzzle.is_held_out}
+        found |= dict(islice(fresh.items(), count_per_family))
+    return list(found.values())
+
+
+def final_answer(text: str) -> str:
+    """Return what follows the last `</think>`, without surrounding blanks; empty if the tag is missing."""
+    _, tag, answer = text.rpartition("</think>")
+    return answer.strip() if tag else ""
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    puzzles: Sequence[Puzzle],
+    *,
+    temperature: float,
+    max_tokens: int = 96,
+) -> tuple[list[str], list[int]]:
+    """Return one completion per problem and its number of tokens; temperature 0 is greedy, else torch's generator."""
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": puzzle.text}], add_generation_prompt=True, tokenize=False
+        )
+        for puzzle in puzzles
+    ]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    inputs = inputs.to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_tokens,
+        **(sampling or {"do_sample": False}),
+    )
+    completions = output[:, inputs["input_ids"].shape[1] :]
+    lengths = (completions != tokenizer.pad_token_id).sum(dim=1).tolist()
+    return tokenizer.batch_decode(completions, skip_special_tokens=True), lengths
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    puzzles: Sequence[Puzzle],
+    *,
+    k: int = 8,
+    seed: int = 0,
+) -> dict[str, Accuracy]:
+    """Return the accuracy of each family and of `all`; sampling is seeded (and sets torch's global generator)."""
+    greedy_texts, _ = complete(model, tokenizer, puzzles, temperature=0.0)
+    torch.manual_seed(seed)
+    repeated = [puzzle for puzzle in puzzles for _ in range(k)]
+    texts, lengths = complete(model, tokenizer, repeated, temperature=1.0)
+    right_PK = torch.tensor([final_answer(t) == p.answer for t, p in zip(texts, repeated, strict=True)]).reshape(-1, k)
+    greedy_P = torch.tensor([final_answer(t) == p.answer for t, p in zip(greedy_texts, puzzles, strict=True)])
+    lengths_PK = torch.tensor(lengths, dtype=torch.float).reshape(-1, k)
+
+    def over(chosen_P: torch.Tensor) -> Accuracy:
+        return Accuracy(
+            num_problems=int(chosen_P.sum()),
+            greedy=greedy_P[chosen_P].float().mean().item(),
+            pass_at_1=right_PK[chosen_P].float().mean().item(),
+            pass_at_k=right_PK[chosen_P].any(dim=1).float().mean().item(),
+            mean_tokens=lengths_PK[chosen_P].mean().item(),
+        )
+
+    families = list(dict.fromkeys(puzzle.family for puzzle in puzzles))
+    by_family = {f: over(torch.tensor([p.family == f for p in puzzles])) for f in families}
+    return by_family | {"all": over(torch.ones(len(puzzles), dtype=torch.bool))}

@@ -1,0 +1,1 @@
+"""The loop and what surrounds it: setting up, the update, evaluation, checkpoints, the run folder."""

@@ -1,0 +1,50 @@
+"""`strop eval`: a config's model as it is, or the newest checkpoint of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..config_load import load_config
+from ..errors import CheckpointError, ConfigError
+from ..monitor.progress import Progress
+from ..monitor.summary import EvalSummary
+from ..policy.optim import MasterAdamW
+from .checkpoint import Checkpoint, read_latest
+from .evaluate import evaluate
+from .parts import build, make_pool, prepare
+from .session import OPTIMIZER_FILE
+
+
+def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
+    """Evaluate a run folder or a config file. Raises a StropError when there is nothing to evaluate."""
+    checkpoint = _checkpoint(target) if target.is_dir() else None
+    config = load_config(target / "config.resolved.yaml" if checkpoint else target, overrides)
+    prepared = prepare(config)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(stall_warning_s=config.run.stall_warning_s))
+        pool = stack.enter_context(make_pool(config, prepared.task.default_rewards))
+        parts = stack.enter_context(build(prepared, pool, progress.note))
+        if checkpoint is not None:
+            optimizer = MasterAdamW(parts.policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+            optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
+            parts.weights.publish()
+            progress.say(f"evaluating {checkpoint.path}")
+        with progress.phase("evaluate", total=config.run.eval_num_problems * config.run.eval_num_generations):
+            result = evaluate(
+                parts, lambda rollout: progress.advance(1, tokens=rollout.num_completion_tokens), progress.tick
+            )
+    if result is None:
+        raise ConfigError("run.eval_num_problems is 0, so there is nothing to evaluate", hint="run.eval_num_problems: set it")
+    return result
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    checkpoint = read_latest(folder) if (folder / "config.resolved.yaml").is_file() else None
+    if checkpoint is None:
+        raise CheckpointError(
+            f"`{folder}` is not a run folder with a checkpoint",
+            hint="give the folder of a run, or a config whose model.path is the model to measure",
+        )
+    return checkpoint

@@ -1,0 +1,89 @@
+"""The loop. Each line takes a record and returns a richer one; everything else is set-up.
+
+    Problem -> Request -> Rollout -> ScoredRollout -> Sample -> MicroBatch -> StepStats
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..config_load import load_config
+from ..objective.packing import pack
+from ..objective.samples import make_samples
+from ..objective.schedule import learning_rate
+from ..seeding import rollout_requests
+from ..types import Request, Rollout
+from .evaluate import in_order
+from .session import Session, open_session
+from .update import update
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, *, out: str | Path, resume: bool = False) -> dict[str, Any]:
+    """Train a run in the folder `out` and return the content of its summary.json.
+
+    `config` is a Config, a mapping or a YAML file. With `resume` the newest checkpoint in `out` is continued. Raises
+    a StropError with a hint for anything that the user can change.
+    """
+    checked = load_config(config)
+    with open_session(checked, Path(out), resume=resume) as session:
+        session.evaluate_before()
+        while session.state.step < checked.run.max_steps and not session.interrupt.requested:
+            train_step(session)
+            session.checkpoint_if_due()
+        return session.finish()
+
+
+def train_step(session: Session) -> None:
+    """Make one step: problems, completions, rewards, advantages, one update, new weights for the engine."""
+    config, parts, step = session.config, session.parts, session.state.step
+    groups = config.rollout.num_generations
+
+    problems_P = parts.task.batch(step, config.rollout.num_prompts)
+    requests_N = rollout_requests(problems_P, groups, run_seed=config.run.seed, step=step)
+    with session.phase("generate", len(requests_N)):
+        rollouts = list(_scored_meanwhile(session, requests_N))
+    with session.phase("score", len(rollouts)):
+        scored_N = in_order(parts.pool.collect(), requests_N)
+    with session.phase("pack"):
+        batch = make_samples(
+            scored_N,
+            groups,
+            loss_type=config.objective.loss_type,
+            scale_rewards=config.objective.scale_rewards,
+            max_completion_length=config.rollout.max_completion_length,
+            mask_truncated_completions=config.objective.mask_truncated_completions,
+            keep_groups_without_signal=config.objective.beta > 0,
+        )
+        batches = pack(batch.samples, parts.plan.micro_batch_tokens, share_prompt=config.optim.share_prompt)
+    with session.phase("train", len(batches)):
+        parts.engine.release_memory()
+        stats = update(
+            parts.policy, session.optimizer, batches, config.objective,
+            learning_rate=_learning_rate(config, step), max_grad_norm=config.optim.max_grad_norm,
+        )  # fmt: skip
+        parts.engine.restore_memory()
+    with session.phase("publish"):
+        parts.weights.publish()
+    session.record(scored_N, batch, stats)
+
+
+def _scored_meanwhile(session: Session, requests_N: tuple[Request, ...]) -> Iterator[Rollout]:
+    """Hand each completion to the reward workers as it finishes, while others still decode."""
+    parts = session.parts
+    for rollout in parts.engine.generate(
+        requests_N, parts.sampling, policy_version=parts.weights.version, progress=session.on_engine_step
+    ):
+        parts.pool.submit(rollout, global_step=session.state.step)
+        session.on_finished(rollout)
+        yield rollout
+
+
+def _learning_rate(config: Config, step: int) -> float:
+    optim = config.optim
+    return learning_rate(
+        step, peak=optim.learning_rate, warmup_steps=optim.warmup_steps, max_steps=config.run.max_steps,
+        kind=optim.lr_scheduler_type,
+    )  # fmt: skip

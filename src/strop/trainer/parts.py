@@ -1,0 +1,155 @@
+"""Building what a run is made of, in the order that lets a mistake show before anything slow is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import Config
+from ..engine.base import Engine, EngineSettings
+from ..engine.select import resolve_engine
+from ..memory.machine import detect_machine
+from ..memory.plan import Plan, make_plan
+from ..memory.shapes import ModelShape
+from ..rewards.pool import RewardPool
+from ..tasks.base import Task, build_task
+from ..tasks.render import Renderer
+from ..types import Sampling
+
+if TYPE_CHECKING:
+    from ..policy.load import ModelSource
+    from ..policy.policy import Policy
+    from ..weights import SharedWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before any weight is read: model, task and plan fit together."""
+
+    config: Config
+    source: ModelSource
+    task: Task
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a step or an evaluation needs."""
+
+    config: Config
+    source: ModelSource
+    task: Task
+    plan: Plan
+    policy: Policy
+    engine: Engine
+    weights: SharedWeights
+    pool: RewardPool
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training rollouts are drawn."""
+        rollout = self.config.rollout
+        return Sampling(rollout.max_completion_length, self.source.stop_token_ids, rollout.temperature)
+
+
+def model_path(config: Config) -> str:
+    """Return the folder or hub id to load; `demo` is the model that ships with Strop."""
+    if config.model.path != "demo":
+        return os.path.expanduser(config.model.path)
+    from .. import demo
+
+    return str(demo.model_path())
+
+
+def prepare(config: Config) -> Prepared:
+    """Open model and task and derive the plan. Raises a StropError when they do not fit together or the machine."""
+    from ..policy.load import open_model
+
+    source = open_model(model_path(config))
+    renderer = Renderer(source.tokenizer, chat_template_kwargs=config.task.chat_template_kwargs)
+    task = build_task(config.task, renderer, seed=config.run.seed, eval_size=config.task.eval_size)
+    engine, reason = resolve_engine(config.model.engine)
+    shape = ModelShape.from_config(source.config)
+    plan = make_plan(config, shape, detect_machine(), engine=engine, engine_reason=reason)
+    return Prepared(config, source, task, plan)
+
+
+def make_pool(config: Config, task_rewards: tuple[str, ...], verdict_log: Path | None = None) -> RewardPool:
+    """Return the run's reward pool, not started yet."""
+    return RewardPool(config.rewards, default_funcs=task_rewards, verdict_log=verdict_log)
+
+
+@contextmanager
+def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> Iterator[Parts]:
+    """Load the model once, for engine and trainer both, and yield the parts; free them at the end.
+
+    `pool` has been started, so that its workers import the reward functions meanwhile.
+    """
+    import torch
+
+    from ..policy import lora
+    from ..policy.policy import Policy
+    from ..weights import SharedWeights
+
+    config, plan = prepared.config, prepared.plan
+    torch.set_num_threads(plan.threads)
+    with ExitStack() as stack:
+        model, engine = _model_and_engine(prepared, note)
+        stack.callback(engine.close)
+        adapters = {}
+        if config.lora.r:
+            adapters = lora.inject(
+                model, r=config.lora.r, alpha=config.lora.alpha, target_modules=config.lora.target_modules,
+                seed=config.run.seed,
+            )  # fmt: skip
+            if config.lora.init_from:
+                lora.load_adapter(adapters, Path(config.lora.init_from))
+        policy = Policy(model, config.rollout.temperature, adapters)
+        if config.objective.beta > 0 and (not adapters or config.lora.init_from):
+            policy.freeze_reference()
+        weights = SharedWeights(policy, engine)
+        yield Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool)
+
+
+def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[torch.nn.Module, Engine]:  # noqa: F821
+    import torch
+
+    from ..policy.load import build_on_meta, load_weights, torch_dtype
+    from ..weights import alias_parameters
+
+    source, plan, config = prepared.source, prepared.plan, prepared.config
+    dtype = torch_dtype(plan.dtype)
+
+    def decode(token_ids: object) -> str:
+        return source.tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    if plan.engine == "transformers":
+        from ..engine.transformers_engine import TransformersEngine
+
+        model = load_weights(source, dtype, torch.device(plan.device))
+        pad = source.tokenizer.pad_token_id
+        pad = source.stop_token_ids[0] if pad is None else pad
+        return model, TransformersEngine(model, decode, max_num_seqs=plan.max_num_seqs, pad_token_id=pad)
+
+    from ..engine import vllm_compat
+
+    untested = vllm_compat.untested_pair(plan.device)
+    if untested:
+        note(untested)
+    vllm_compat.prepare_environment(plan.device, plan.threads)
+    from ..engine.vllm_engine import VllmEngine
+
+    settings = EngineSettings(
+        model_path=source.path, dtype=plan.dtype, max_model_len=plan.max_model_len, max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens, kv_cache_bytes=plan.kv_cache_bytes,
+        block_size=plan.block_size, seed=config.run.seed, lora_rank=config.lora.r,
+        lora_target_modules=config.lora.target_modules,
+    )  # fmt: skip
+    engine = VllmEngine(settings, decode, device=plan.device)
+    model = build_on_meta(source, dtype)
+    alias_parameters(model, engine)
+    return model, engine

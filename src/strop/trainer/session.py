@@ -1,0 +1,274 @@
+"""A run in progress: its parts, its folder, its logs and the little state that is not a function of the step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..errors import DivergenceError
+from ..monitor.metrics import MetricsLog
+from ..monitor.progress import Progress
+from ..monitor.rollouts import RolloutStore
+from ..monitor.summary import EvalSummary, StopReason, build_summary
+from ..monitor.trackers import Trackers
+from ..objective.samples import SampleBatch
+from ..policy import lora
+from ..policy.optim import MasterAdamW
+from ..types import Metric, Rollout, ScoredRollout, StepStats, merge_metrics
+from .checkpoint import Checkpoint, read_latest, write_checkpoint
+from .evaluate import correct, evaluate
+from .interrupt import Interrupt
+from .parts import Parts, build, make_pool, prepare
+from .runfolder import RunFolder, open_run_folder
+
+MAX_NONFINITE_STEPS = 3
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(slots=True)
+class RunState:
+    """What a checkpoint keeps beside weights and optimizer."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included: the next step's number."""
+    nonfinite_steps: int = 0
+    """Skipped in a row because loss or gradient was not finite."""
+    seconds: float = 0.0
+    """Wall time of all processes of this run."""
+    reward: float | None = None
+    eval_before: EvalSummary | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        before = self.eval_before.to_dict() if self.eval_before else None
+        return {
+            "step": self.step, "nonfinite_steps": self.nonfinite_steps, "seconds": self.seconds,
+            "reward": self.reward, "eval_before": before,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> RunState:
+        """Inverse of `as_dict`."""
+        before = EvalSummary.from_dict(stored["eval_before"]) if stored["eval_before"] else None
+        return cls(stored["step"], stored["nonfinite_steps"], stored["seconds"], stored["reward"], before)
+
+
+@dataclass(slots=True)
+class Session:
+    """Everything the loop works with."""
+
+    config: Config
+    parts: Parts
+    optimizer: MasterAdamW
+    folder: RunFolder
+    progress: Progress
+    interrupt: Interrupt
+    metrics: MetricsLog
+    rollouts: RolloutStore
+    trackers: Trackers
+    state: RunState
+    saved_step: int
+    """Step of the newest checkpoint; -1 without one."""
+    started: float
+    times: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Show a phase of the step and add up its time under `time/NAME_s`."""
+        begin = time.perf_counter()
+        with self.progress.phase(name, total=total):
+            yield
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
+
+    def on_finished(self, rollout: Rollout) -> None:
+        """Count a finished completion in the live view."""
+        self.progress.advance(1, tokens=rollout.num_completion_tokens)
+
+    def on_engine_step(self, running: int, new_tokens: int) -> None:
+        """Keep the reward workers fed and the live view honest between decode steps."""
+        self.parts.pool.pump()
+        self.progress.tick()
+
+    def evaluate(self) -> EvalSummary | None:
+        """Evaluate on held-out problems, with progress."""
+        total = self.config.run.eval_num_problems * self.config.run.eval_num_generations
+        with self.phase("evaluate", total):
+            return evaluate(self.parts, self.on_finished, self.progress.tick)
+
+    def evaluate_before(self) -> None:
+        """Measure the untrained policy once; a resumed run takes it from its state."""
+        if self.state.step == 0 and self.state.eval_before is None:
+            self.state.eval_before = self.evaluate()
+            if self.state.eval_before is not None:
+                self.progress.say(f"held out before training: {_shown(self.state.eval_before)}")
+
+    def record(self, scored_N: list[ScoredRollout], batch: SampleBatch, stats: StepStats) -> None:
+        """Write the finished step's metrics and rollouts, advance the step number and guard against divergence."""
+        step, config = self.state.step, self.config
+        verdicts = [v for s in scored_N if (v := correct(s)) is not None]
+        stepped = Metric(float(stats.stepped), kind="sum")
+        extra = {"accuracy": Metric(sum(verdicts), len(verdicts)), "optimizer_steps": stepped}
+        values = {name: m.value for name, m in merge_metrics([batch.metrics, stats.metrics, extra]).items()}
+        tokens = sum(s.rollout.num_completion_tokens for s in scored_N)
+        values["num_tokens"] = tokens
+        self.state.step = step + 1
+        self.state.reward = values["reward"] if math.isfinite(values["reward"]) else None
+        diverged = not stats.stepped and "grad_norm" in stats.metrics
+        self.state.nonfinite_steps = self.state.nonfinite_steps + 1 if diverged else 0
+        values["nonfinite_steps"] = self.state.nonfinite_steps
+        if config.run.eval_steps and self.state.step % config.run.eval_steps == 0 and self.state.step < config.run.max_steps:
+            result = self.evaluate()
+            if result is not None:
+                values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
+        values |= self._timings(tokens)
+        self.metrics.write(step, values)
+        self.trackers.log(step, values)
+        if config.run.rollout_steps and step % config.run.rollout_steps == 0:
+            self.rollouts.write(step, scored_N, batch.advantages_N)
+        self.progress.step_done(step + 1, config.run.max_steps, values)
+        if not stats.stepped:
+            self.progress.note(f"step {step + 1}: no optimizer step was made: {stats.skipped_reason}")
+        for name, reason in sorted({(n, r) for s in scored_N for n, r in s.failures.items()})[:2]:
+            self.progress.note(f"step {step + 1}: reward `{name}` left completions unscored: {reason}")
+        if self.state.nonfinite_steps >= MAX_NONFINITE_STEPS:
+            raise DivergenceError(
+                f"loss or gradient was not finite {MAX_NONFINITE_STEPS} steps in a row, last at step {step + 1}; "
+                f"the checkpoint of step {max(0, self.saved_step)} is kept",
+                hint="optim.learning_rate: lower it; then start again with --out ANOTHER_FOLDER",
+            )
+
+    def _timings(self, tokens: int) -> dict[str, float]:
+        import psutil
+
+        times, self.times = self.times, {}
+        generating, total = times.get("generate", 0.0), sum(times.values())
+        return {
+            **{f"time/{name}_s": seconds for name, seconds in times.items()},
+            "tokens/generated_per_s": tokens / generating if generating else float("nan"),
+            "tokens/trained_per_s": tokens / times["train"] if times.get("train") else float("nan"),
+            "memory/peak_gib": _peak_gib(self.parts.plan.device, psutil.Process()),
+            "step_time": total,
+        }
+
+    def checkpoint_if_due(self) -> None:
+        """Write a checkpoint every `save_steps`, at the end, and when the user asked to stop."""
+        step, run = self.state.step, self.config.run
+        if step % run.save_steps == 0 or step >= run.max_steps or self.interrupt.requested:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; nothing happens when there is one."""
+        if self.saved_step == self.state.step:
+            return
+        with self.progress.phase("checkpoint"):
+            state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
+            write_checkpoint(
+                self.folder.path, self.state.step, tensors={OPTIMIZER_FILE: self.optimizer.state_dict()}, state=state,
+                extra=self._export, keep=self.config.run.save_total_limit,
+            )  # fmt: skip
+        self.saved_step = self.state.step
+
+    def _export(self, folder: Path) -> None:
+        """Write what other tools load: a PEFT adapter, or a whole model folder."""
+        if self.parts.policy.adapters:
+            lora.save_adapter(self.parts.policy.adapters, folder, base_model=self.config.model.path)
+        else:
+            from ..policy.export import save_model
+
+            save_model(self.parts.policy.model, self.parts.source, folder)
+
+    def seconds(self) -> float:
+        """Return the wall time of this run so far, over all its processes."""
+        return self.state.seconds + time.monotonic() - self.started
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the trained policy, write summary.json and return it."""
+        stopped: StopReason = "interrupted" if self.state.step < self.config.run.max_steps else "finished"
+        after = self.evaluate() if stopped == "finished" else None
+        summary = build_summary(
+            steps=self.state.step, seconds=self.seconds(), stopped=stopped, reward=self.state.reward,
+            eval_before=self.state.eval_before, eval_after=after,
+        )  # fmt: skip
+        self.folder.write_json("summary.json", summary)
+        if after is not None:
+            self.progress.say(f"held out after training: {_shown(after)}")
+        return summary
+
+
+@contextmanager
+def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session]:
+    """Build a run, restore its newest checkpoint when resuming, and close everything at the end."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_run_folder(out, config, resume=resume))
+        progress = stack.enter_context(Progress(stall_warning_s=config.run.stall_warning_s))
+        interrupt = stack.enter_context(Interrupt(progress.say))
+        for notice in folder.notices:
+            progress.note(notice)
+        with progress.phase("start"):
+            checkpoint = read_latest(folder.path) if resume else None
+            prepared = prepare(config)
+            for line in prepared.plan.lines():
+                progress.say(line)
+            for reason, count in prepared.task.dropped.items():
+                progress.note(f"{count} rows were dropped: {reason}")
+            folder.write_json("plan.json", prepared.plan.as_dict())
+            for notice in folder.write_environment(threads=prepared.plan.threads):
+                progress.note(notice)
+            pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, folder.path / "verdicts.jsonl"))
+            parts = stack.enter_context(build(prepared, pool, progress.note))
+            optim = config.optim
+            optimizer = MasterAdamW(
+                parts.policy.trainable, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon,
+                weight_decay=optim.weight_decay,
+            )  # fmt: skip
+            state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
+            last_step = state.step - 1 if resume else None
+            metrics = stack.enter_context(MetricsLog(folder.metrics_path, resume_step=last_step))
+            rollouts = RolloutStore(folder.rollouts_path)
+            if resume:
+                rollouts.truncate_after(last_step)
+            trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
+            stack.callback(trackers.close)
+            pool.wait_ready()
+        yield Session(
+            config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, state,
+            saved_step=checkpoint.step if checkpoint else -1, started=started,
+        )  # fmt: skip
+
+
+def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: MasterAdamW, progress: Progress) -> RunState:
+    for message in checkpoint.skipped:
+        progress.note(message)
+    optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
+    parts.weights.publish()
+    state = RunState.from_dict(checkpoint.state)
+    parts.weights.version = state.step
+    before, now = checkpoint.state["promise"], parts.plan.promise()
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
+    progress.say(f"resumed at step {state.step} from {checkpoint.path.name}")
+    return state
+
+
+def _shown(result: EvalSummary) -> str:
+    text = f"pass@1 {result.pass_at_1:.1%}"
+    text += f", pass@{result.k} {result.pass_at_k:.1%}" if result.k > 1 else ""
+    return f"{text} on {result.problems} problems"
+
+
+def _peak_gib(device: str, process: Any) -> float:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
