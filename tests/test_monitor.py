@@ -260,9 +260,9 @@ class Clock:
         return self.now
 
 
-def plain(**kwargs: int) -> tuple[Progress, Clock, io.StringIO]:
+def plain() -> tuple[Progress, Clock, io.StringIO]:
     clock, stream = Clock(), io.StringIO()
-    return Progress(stall_warning_s=60.0, stream=stream, clock=clock, **kwargs), clock, stream
+    return Progress(stall_warning_s=60.0, stream=stream, clock=clock), clock, stream
 
 
 def test_a_step_is_one_line_with_rate_and_time_left() -> None:
@@ -323,7 +323,8 @@ def test_a_stall_is_named_once_and_again_after_twice_the_time() -> None:
 
 
 def test_plain_output_names_a_phase_only_when_it_is_slow() -> None:
-    progress, clock, stream = plain(step=4, max_steps=9)
+    progress, clock, stream = plain()
+    progress.start_at(4, 9)
     for seconds in (9, 25):
         with progress.phase("evaluate", total=40):
             for _ in range(seconds):
@@ -383,6 +384,21 @@ def test_text_that_the_stream_cannot_hold_is_replaced() -> None:
     assert raw.getvalue() == b"note: [bold]?[/bold] ?\n"
 
 
+def test_a_signal_handler_may_print_while_a_line_is_being_printed() -> None:
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if "step 1" in text:
+                progress.note("stopping after this step")
+                assert "stopping" not in self.getvalue()
+            return super().write(text)
+
+    stream = Interrupted()
+    progress = Progress(stall_warning_s=60.0, stream=stream)
+    progress.step_done(1, 2, {"reward": 1.0})
+    lines = stream.getvalue().splitlines()
+    assert [line[:15] for line in lines] == ["step 1/2  rewar", "note: stopping "]
+
+
 def test_a_pipe_closed_by_head_does_not_kill_the_run(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom strop.monitor.progress import Progress\n"
@@ -438,8 +454,8 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, run: Callable[[Progress], None]
 def one_step(progress: Progress) -> None:
     with progress.phase("generate", total=4):
         progress.advance(2, tokens=10)
-        time.sleep(0.7)
-    progress.note("[red]kept as it is[/red]")
+        time.sleep(0.6)
+        progress.note("[red]kept as it is[/red]")
     progress.step_done(1, 3, {"reward": 0.5})
 
 

@@ -85,12 +85,16 @@ def test_a_run_that_failed_while_starting_may_start_again_with_any_config(tmp_pa
         settings = config(run={"seed": 5 if resume else 4})
         with open_run_folder(tmp_path / "run", settings, resume=resume) as folder:
             folder.write_json("plan.json", {})
+            (folder.path / "verdicts.jsonl").touch()
             folder.write_environment(threads=1)
             assert not folder.resumed
         assert load_config(tmp_path / "run" / "config.resolved.yaml") == settings
     assert len(folder.notices) == 1
     assert "nothing to resume" in folder.notices[0]
     assert "step 0" in folder.notices[0]
+    (tmp_path / "run" / "verdicts.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match="not empty"):
+        open_run_folder(tmp_path / "run", config(), resume=False)
 
 
 def test_resume_without_a_checkpoint_says_that_it_starts_at_step_0(tmp_path: Path) -> None:

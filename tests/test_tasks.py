@@ -136,6 +136,17 @@ def test_no_eos_is_put_behind_plain_text() -> None:
     assert tokenizer.decode(Renderer(tokenizer).render("2+2=")[0]) == "<s>2+2="
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_fits_agrees_with_the_number_of_tokens(plain: bool) -> None:
+    one = renderer(BOS_CHAT)
+    texts = [*("a" * n for n in range(20)), *("é" * n for n in range(20)), "<|im_start|>" * 9, "<s>" + "a" * 8]
+    for limit in (1, 9, 10, 12):
+        expected = [len(token_ids) <= limit for token_ids in one.token_ids(texts, plain=plain)]
+        assert one.fits(texts, limit, plain=plain) == expected
+        assert True in expected
+        assert False in expected
+
+
 def test_messages_without_a_chat_template_are_refused() -> None:
     with pytest.raises(DataError, match="no chat template") as caught:
         renderer(None).render(QUESTION)

@@ -69,8 +69,8 @@ class TaskConfig(Section):
     """Column with the prompt: text, or a list of messages."""
     question_column: str = "question"
     """Column that `template` is filled with when there is no prompt column."""
-    answer_column: str = "answer"
-    """Column with the reference answer."""
+    answer_column: str | None = "answer"
+    """Column with the reference answer; null where the reward functions need none."""
     template: str | None = None
     """Prompt made of a row's columns, e.g. `{question} Answer with a number.`; null: the bare question."""
     system_prompt: str | None = None
@@ -82,7 +82,7 @@ class TaskConfig(Section):
     max_prompt_length: int = Field(512, ge=1)
     """Rows with more prompt tokens are dropped and counted."""
     difficulty: int = Field(2, ge=1, le=9)
-    """For generated tasks: how hard, roughly the number of digits."""
+    """For `arithmetic` and `countdown`: how hard, roughly the number of digits."""
     families: StrList = ()
     """For `arithmetic`: which kinds of problem; empty for all."""
     shuffle: bool = True

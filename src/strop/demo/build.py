@@ -19,7 +19,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..errors import ConfigError
 from .card import card_text, table
 from .corpus import IGNORED, Corpus, CorpusSettings
 from .measure import held_out_puzzles, measure
@@ -36,12 +35,12 @@ SAMPLES = 8
 class BuildSettings:
     """Architecture and training. The defaults made the shipped model."""
 
-    hidden_size: int = 128
+    hidden_size: int = 96
     intermediate_size: int = 384
     num_layers: int = 3
     head_size: int = 32
     steps: int = 6000
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 200
     weight_decay: float = 0.05
     seed: int = 0
@@ -98,8 +97,6 @@ def pretrain(
     settings: BuildSettings, device: torch.device, *, workers: int = 0, log_every: int = 100
 ) -> LlamaForCausalLM:
     """Return the trained model on `device`, in float32; prints loss and speed every `log_every` steps."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     model = new_model(settings).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=device.type == "cuda"
@@ -111,6 +108,8 @@ def pretrain(
         pin_memory=device.type == "cuda",
     )
     begun = time.perf_counter()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     for step, batch in enumerate(loader):
         loss = batch_loss(model, {name: array.to(device, non_blocking=True) for name, array in batch.items()})
         loss.backward()
@@ -126,6 +125,7 @@ def pretrain(
                 f"{seconds / (step + 1) * (settings.steps - step - 1):.0f} s to go",
                 flush=True,
             )
+    torch.set_float32_matmul_precision(precision)
     return model
 
 
@@ -144,29 +144,28 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
     settings_file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` takes a CUDA card where there is one.
-
-    Raises:
-        ConfigError: the name is no device, or CUDA is asked for and absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no usable CUDA card", hint="use --device cpu or auto")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: auto, cpu or cuda is needed")
-    return torch.device(name)
-
-
-def build(out: Path, settings: BuildSettings, device: torch.device, *, problems_per_family: int = 60) -> None:
+def build(out: Path, settings: BuildSettings, device: torch.device) -> None:
     """Pretrain, save, measure and write the card."""
     begun = time.perf_counter()
     workers = min(8, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
     model = pretrain(settings, device, workers=workers)
-    out.mkdir(parents=True, exist_ok=True)
     save(model, out)
     seconds = time.perf_counter() - begun
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    print(f"trained in {seconds:.0f} s on {name}; measuring", flush=True)
+    print(describe(model, out, settings, seconds=seconds, device_name=name))
+
+
+def describe(
+    model: LlamaForCausalLM,
+    out: Path,
+    settings: BuildSettings,
+    *,
+    seconds: float,
+    device_name: str,
+    problems_per_family: int = 100,
+) -> str:
+    """Measure a saved model, write `measured.json` and the card beside it, and return the table of accuracies."""
     accuracy = measure(model, build_tokenizer(), held_out_puzzles(problems_per_family), k=SAMPLES)
     measured = {
         "accuracy": {name: value.as_dict() for name, value in accuracy.items()},
@@ -174,27 +173,37 @@ def build(out: Path, settings: BuildSettings, device: torch.device, *, problems_
         "k": SAMPLES,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "context": MAX_LENGTH,
-        "seconds": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
+        "seconds": round(seconds),
+        "device": device_name,
         "settings": asdict(settings),
     }
-    (out / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+    text = json.dumps(measured, indent=2)
+    (out / "measured.json").write_text(text + "\n", encoding="utf-8")
     # Read back, so that the card follows from the file and from nothing else.
-    (out / "README.md").write_text(card_text(json.loads((out / "measured.json").read_text())))
-    print(table(measured["accuracy"], SAMPLES))
-    print(f"{out}: trained in {seconds:.0f} s on {measured['device']}")
+    (out / "README.md").write_text(card_text(json.loads(text)), encoding="utf-8")
+    return table(measured["accuracy"], SAMPLES)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and build."""
+    """Parse the command line and build; a wrong option exits with 2 and says what is needed."""
+    defaults = BuildSettings()
     parser = argparse.ArgumentParser(prog="python -m strop.demo.build", description="Rebuild the demo model.")
     parser.add_argument("out", type=Path, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=BuildSettings.steps)
-    parser.add_argument("--seed", type=int, default=BuildSettings.seed)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     args = parser.parse_args(argv)
+    if args.steps < 1 or args.seed < 0:
+        parser.error(f"--steps {args.steps} --seed {args.seed}: at least 1 step and a seed of 0 or more are needed")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no usable CUDA card; use --device cpu or auto")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        parser.error(f"{args.out}: no folder can be made there: {e.strerror}")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
     settings = BuildSettings(steps=args.steps, seed=args.seed, corpus=CorpusSettings(seed=args.seed))
-    build(args.out, settings, pick_device(args.device))
+    build(args.out, settings, torch.device("cuda" if use_cuda else "cpu"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from ..tasks.arithmetic import FAMILIES, Puzzle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BATCH_SIZE = 512
+"""Completions that are generated together."""
 MAX_DRAWS = 40
 """Draws per wanted problem; one draw in eight is held out."""
 
@@ -65,24 +67,25 @@ def complete(
     max_tokens: int = 96,
 ) -> tuple[list[str], list[int]]:
     """Return one completion per problem and its number of tokens; temperature 0 is greedy, else torch's generator."""
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": puzzle.text}], add_generation_prompt=True, tokenize=False
-        )
-        for puzzle in puzzles
-    ]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    inputs = inputs.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_tokens,
-        **(sampling or {"do_sample": False}),
-    )
-    completions = output[:, inputs["input_ids"].shape[1] :]
-    lengths = (completions != tokenizer.pad_token_id).sum(dim=1).tolist()
-    return tokenizer.batch_decode(completions, skip_special_tokens=True), lengths
+    sampling = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    texts: list[str] = []
+    lengths: list[int] = []
+    for start in range(0, len(puzzles), BATCH_SIZE):
+        chunk = puzzles[start : start + BATCH_SIZE]
+        inputs = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": puzzle.text}] for puzzle in chunk],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
+        completions = output[:, inputs["input_ids"].shape[1] :]
+        lengths += (completions != tokenizer.pad_token_id).sum(dim=1).tolist()
+        texts += tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return texts, lengths
 
 
 def measure(

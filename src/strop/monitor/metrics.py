@@ -16,14 +16,11 @@ _TIMED_PARTS = frozenset({"time", "memory", "step_time"})
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; each row is on disk when `write` returns.
-
-    Steps are counted from 1, so a checkpoint of step N covers the rows up to N; row 0 may hold what was measured before
-    training.
-    """
+    """Appends rows to `metrics.jsonl`; each row is on disk when `write` returns."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
-        """Open the log. With `resume_step` N, rows beyond N and a torn last line are removed; None starts an empty log.
+        """Open the log. Rows of steps beyond `resume_step`, the last step that the checkpoint covers, and a torn last
+        line are removed; None starts an empty log.
 
         Raises RunError when the file cannot be read or written.
         """

@@ -67,12 +67,10 @@ class Progress:
         self,
         *,
         stall_warning_s: float,
-        step: int = 0,
-        max_steps: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show a run that has done `step` of `max_steps` steps (0: not known yet)."""
+        """Write to `stream`; `clock` gives seconds."""
         self.notes: list[str] = []
         """Every text given to `note`, in order."""
         self._stream = stream if stream is not None else sys.stdout
@@ -83,8 +81,10 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._live: Live | None = None
         self._broken = False
+        self._busy = False
+        self._waiting: deque[Callable[[], object]] = deque()
         self._phase: _Phase | None = None
-        self._step, self._max_steps = step, max_steps
+        self._step, self._max_steps = 0, 0
         self._recent_steps: deque[float] = deque(maxlen=_ETA_STEPS)
         self._generated_tokens, self._generating_s = 0, 0.0
         self._step_started = self._last_finished = clock()
@@ -112,6 +112,12 @@ class Progress:
                 # Also after an output error: it gives sys.stdout and the cursor back.
                 with contextlib.suppress(OSError, ValueError):
                     live.stop()
+
+    def start_at(self, step: int, max_steps: int) -> None:
+        """Say that `step` of `max_steps` steps are done when the first step begins, which is now."""
+        with self._lock:
+            self._step, self._max_steps = step, max_steps
+            self._step_started = self._clock()
 
     def phase(self, name: str, *, total: int | None = None) -> _Phase:
         """Enter a phase (generate, score, train, publish, evaluate, checkpoint) that finishes `total` things.
@@ -256,16 +262,26 @@ class Progress:
         self._stream.flush()
 
     def _try(self, output: Callable[[], object]) -> None:
-        """Let output that fails be the last. A closed stream raises ValueError, a closed pipe BrokenPipeError."""
-        if self._broken:
+        """Let output that fails be the last. A closed stream raises ValueError, a closed pipe BrokenPipeError.
+
+        A signal handler may print while this very thread is printing, which Python's streams refuse: that output waits.
+        """
+        self._waiting.append(output)
+        if self._busy:
             return
+        self._busy = True
         try:
-            output()
+            while self._waiting:
+                following = self._waiting.popleft()
+                if not self._broken:
+                    following()
         except (OSError, ValueError) as e:
             self._broken = True
             if isinstance(e, BrokenPipeError):
                 with contextlib.suppress(OSError, ValueError):
                     self._discard_stdout()
+        finally:
+            self._busy = False
 
     def _discard_stdout(self) -> None:
         """Point a closed stdout nowhere, so that a later `print` of any other part does not end the run either."""

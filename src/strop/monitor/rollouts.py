@@ -58,7 +58,7 @@ class RolloutStore:
     def truncate_after(self, step: int | None) -> list[int]:
         """Remove the files of steps beyond `step` (None: of all steps) and leftovers of a killed process.
 
-        Call it on resume with the checkpoint's step. Returns the removed steps. Raises RunError.
+        Call it on resume with the last step that the checkpoint covers. Returns the removed steps. Raises RunError.
         """
         removed = []
         try:

@@ -34,7 +34,8 @@ class Trackers:
     def __init__(self, names: Sequence[str], folder: Path, resume_step: int | None) -> None:
         """Open the trackers; TensorBoard writes into `folder`.
 
-        After a resume from step N nothing beyond N that an earlier process logged is shown; None hides all of it.
+        What an earlier process logged beyond `resume_step`, the last step that the checkpoint covers, is not shown any
+        more; None hides all of it.
         Raises ConfigError for an unknown name, StropError when a package is missing, RunError when `folder` cannot be
         written.
         """

@@ -34,16 +34,17 @@ MAX_DEPTH = 8
 MAX_OPERATORS = 64
 MAX_COMMANDS = 40
 MAX_FUNCTIONS = 8
-MAX_INTEGER_DIGITS = 30
-MAX_EXPONENT = 100
-MAX_SYMBOLIC_EXPONENT = 20
-MAX_EXPONENT_PRODUCT = 10_000
+MAX_INTEGER_DIGITS = 15
+MAX_EXPONENT = 20
+MAX_EXPONENT_PRODUCT = 1_000
+MAX_ANGLE_FACTOR = 100
 
 _SPAN = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _GOLD_ONLY = re.compile(
     r"!|%|\\(?:[dt]?binom|choose|sum|prod|i*int|oint|lim|pm|mp|bmod|pmod|mod|gcd|begin|neq|approx|lor|vee|cup)(?![A-Za-z])"
     r"|(?<![A-Za-z])(?:or|and)(?![A-Za-z])|[<>]"
 )
+_TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc)")
 _FUNCTION = re.compile(r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt|min|max|operatorname)(?![A-Za-z])")
 _EXPONENT = re.compile(r"(?P<base>.?) ?\^ ?(?:\{(?P<group>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|(?P<single>\\?\w))")
 _ASSIGNMENT = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=")
@@ -151,7 +152,7 @@ def within_budget(answer: str, gold: str) -> bool:
         return False
     if len(_FUNCTION.findall(answer)) > MAX_FUNCTIONS or not _exponents_are_small(answer, gold):
         return False
-    return _no_new_constructs(answer, gold)
+    return _angles_are_small(answer, gold) and _no_new_constructs(answer, gold)
 
 
 def _depth(text: str) -> int:
@@ -176,11 +177,21 @@ def _exponents_are_small(answer: str, gold: str) -> bool:
         if exponent in known:
             continue
         size = math.prod(max(int(d), 1) for d in digits)
-        limit = MAX_EXPONENT if match["base"].isdigit() else MAX_SYMBOLIC_EXPONENT
-        if size > limit or sum(map(len, digits)) > 4:
+        if size > MAX_EXPONENT or sum(map(len, digits)) > 4:
             return False
         product *= max(size, 1)
     return product <= MAX_EXPONENT_PRODUCT
+
+
+def _angles_are_small(answer: str, gold: str) -> bool:
+    """Whether no multiple of an angle can be large: SymPy expands sin(n x) into a polynomial of degree n."""
+    if not _TRIGONOMETRIC.search(answer):
+        return True
+    known = set(re.findall(r"\d+", gold))
+    factor = math.prod(max(int(digits), 1) for digits in re.findall(r"\d+", answer) if digits not in known)
+    powers = [match for match in _EXPONENT.finditer(answer) if match["base"].isdigit() or match["base"] in (")", "}")]
+    exponents = [int(digits) for match in powers for digits in re.findall(r"\d+", _exponent_text(match))]
+    return factor <= MAX_ANGLE_FACTOR and factor ** max(exponents, default=1) <= MAX_ANGLE_FACTOR
 
 
 def _exponent_text(match: re.Match[str]) -> str:

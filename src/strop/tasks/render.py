@@ -90,6 +90,18 @@ class Renderer:
         start = self._start_ids if plain else []
         return [ids if ids[: len(start)] == start else start + ids for ids in encoded]
 
+    def fits(self, texts: Sequence[str], limit: int, *, plain: bool) -> list[bool]:
+        """Return for each rendered text whether it has at most `limit` tokens.
+
+        A token stands for at least one character of ASCII text, and at most a BOS and a space are put in front of it:
+        texts that are short enough by that count are not tokenised, which is most of the work on a large data set.
+        """
+        verdicts = [text.isascii() and len(text) + 2 <= limit for text in texts]
+        unsure = [i for i, verdict in enumerate(verdicts) if not verdict]
+        for i, token_ids in zip(unsure, self.token_ids([texts[i] for i in unsure], plain=plain), strict=True):
+            verdicts[i] = len(token_ids) <= limit
+        return verdicts
+
     @cached_property
     def _start_ids(self) -> list[int]:
         """What the tokenizer puts before a text when it adds special tokens."""

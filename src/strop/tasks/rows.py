@@ -131,22 +131,21 @@ class RowTask:
         while chunk := list(islice(pending, _CHUNK)):
             prompts = [self._prompt(rows, index) for index in chunk]
             texts = [self._text(rows, index, prompt) for index, prompt in zip(chunk, prompts, strict=True)]
-            for index, text, length in zip(chunk, texts, self._lengths(prompts, texts), strict=True):
+            for index, text, fits in zip(chunk, texts, self._fits(prompts, texts), strict=True):
                 self._columns(rows, index)
-                if length <= self._config.max_prompt_length:
+                if fits:
                     yield _Entry(index, text)
                 else:
                     self._dropped[reason] = self._dropped.get(reason, 0) + 1
 
-    def _lengths(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[int]:
-        lengths = [0] * len(texts)
+    def _fits(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[bool]:
+        verdicts = [False] * len(texts)
         for plain in (True, False):
             places = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) == plain]
-            for i, token_ids in zip(
-                places, self._renderer.token_ids([texts[i] for i in places], plain=plain), strict=True
-            ):
-                lengths[i] = len(token_ids)
-        return lengths
+            some = self._renderer.fits([texts[i] for i in places], self._config.max_prompt_length, plain=plain)
+            for i, verdict in zip(places, some, strict=True):
+                verdicts[i] = verdict
+        return verdicts
 
     def _hold_out(self, fitting: Sequence[_Entry], eval_size: int) -> list[_Entry]:
         """Take `eval_size` entries off the training rows, chosen by the seed."""

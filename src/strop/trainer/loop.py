@@ -63,6 +63,7 @@ def train_step(session: Session) -> None:
         stats = update(
             parts.policy, session.optimizer, batches, config.objective,
             learning_rate=_learning_rate(config, step), max_grad_norm=config.optim.max_grad_norm,
+            on_batch=session.progress.advance,
         )  # fmt: skip
         parts.engine.restore_memory()
     with session.phase("publish"):

@@ -44,6 +44,7 @@ PACKAGES = (
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CONFIG = "config.resolved.yaml"
 _START_FILES = frozenset({_CONFIG, "environment.json", "plan.json"})
+_LOGS = frozenset({"metrics.jsonl", "verdicts.jsonl"})
 _PATH_SETTINGS = frozenset({"model.path", "task.path", "lora.init_from", "rewards.funcs"})
 
 
@@ -118,7 +119,7 @@ def open_run_folder(path: Path, config: Config, *, resume: bool) -> RunFolder:
     try:
         clean_leftovers(path)
         entries = sorted(name for name in os.listdir(path) if name != ".lock" and not is_leftover(name))
-        started = not _START_FILES.issuperset(entries)
+        started = any(not _is_of_start(path / name) for name in entries)
         if started and not resume:
             raise RunError(
                 f"run folder {path} is not empty: it holds {_shortened(entries)}",
@@ -133,6 +134,11 @@ def open_run_folder(path: Path, config: Config, *, resume: bool) -> RunFolder:
         lock.release()
         raise
     return RunFolder(path, config, started, notices, lock)
+
+
+def _is_of_start(path: Path) -> bool:
+    """Whether a file is written before the first step, so that nothing is lost with it; logs are empty then."""
+    return path.name in _START_FILES or (path.name in _LOGS and path.is_file() and path.stat().st_size == 0)
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class Session:
         """Measure the untrained policy once; a resumed run takes it from its state."""
         if self.state.step == 0 and self.state.eval_before is None:
             self.state.eval_before = self.evaluate()
+            self.times.clear()
             if self.state.eval_before is not None:
                 self.progress.say(f"held out before training: {_shown(self.state.eval_before)}")
 
@@ -117,6 +118,8 @@ class Session:
         values = {name: m.value for name, m in merge_metrics([batch.metrics, stats.metrics, extra]).items()}
         tokens = sum(s.rollout.num_completion_tokens for s in scored_N)
         values["num_tokens"] = tokens
+        for name, logged in self.parts.pool.take_metrics().items():  # what reward functions gave to log_metric
+            values[name] = sum(logged) / len(logged)
         self.state.step = step + 1
         self.state.reward = values["reward"] if math.isfinite(values["reward"]) else None
         diverged = not stats.stepped and "grad_norm" in stats.metrics
@@ -187,6 +190,11 @@ class Session:
         """Return the wall time of this run so far, over all its processes."""
         return self.state.seconds + time.monotonic() - self.started
 
+    def say_dropped(self) -> None:
+        """Name the problems that were left out, once they are known."""
+        for reason, count in self.parts.task.dropped.items():
+            self.progress.note(f"{count} problems were left out: {reason}")
+
     def finish(self) -> dict[str, Any]:
         """Evaluate the trained policy, write summary.json and return it."""
         stopped: StopReason = "interrupted" if self.state.step < self.config.run.max_steps else "finished"
@@ -196,6 +204,7 @@ class Session:
             eval_before=self.state.eval_before, eval_after=after,
         )  # fmt: skip
         self.folder.write_json("summary.json", summary)
+        self.say_dropped()
         if after is not None:
             self.progress.say(f"held out after training: {_shown(after)}")
         return summary
@@ -216,8 +225,6 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             prepared = prepare(config)
             for line in prepared.plan.lines():
                 progress.say(line)
-            for reason, count in prepared.task.dropped.items():
-                progress.note(f"{count} rows were dropped: {reason}")
             folder.write_json("plan.json", prepared.plan.as_dict())
             for notice in folder.write_environment(threads=prepared.plan.threads):
                 progress.note(notice)
@@ -236,6 +243,7 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
                 rollouts.truncate_after(last_step)
             trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
             stack.callback(trackers.close)
+            progress.start_at(state.step, config.run.max_steps)
             pool.wait_ready()
         yield Session(
             config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, state,

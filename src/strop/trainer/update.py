@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..config import ObjectiveConfig
 from ..objective.correction import sampler_correction
@@ -21,8 +21,9 @@ def update(
     *,
     learning_rate: float,
     max_grad_norm: float,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> StepStats:
-    """Add up the gradients of all micro-batches and make one step.
+    """Add up the gradients of all micro-batches and make one step; `on_batch` is called after each of them.
 
     Makes none, and touches neither momentum nor weights, when nothing is left to train on or when the loss or the
     gradient is not finite.
@@ -30,7 +31,11 @@ def update(
     if not batches:
         return StepStats({}, stepped=False, skipped_reason="no group has a signal")
     optimizer.zero_grad()
-    metrics = merge_metrics([_backward(policy, batch, objective) for batch in batches])
+    parts = []
+    for batch in batches:
+        parts.append(_backward(policy, batch, objective))
+        on_batch()
+    metrics = merge_metrics(parts)
     norm = optimizer.gradient_norm()
     metrics["grad_norm"] = Metric(norm)
     metrics["learning_rate"] = Metric(learning_rate)
