@@ -279,31 +279,31 @@ def test_load_errors_surface_before_any_rollout(folder: Path) -> None:
 
 
 def test_start_returns_at_once(folder: Path) -> None:
-    (folder / "slow.py").write_text("import time\ntime.sleep(1)\ndef f(completions):\n    return [1.0]\n")
+    (folder / "slow.py").write_text("import time\ntime.sleep(0.7)\ndef f(completions):\n    return [1.0]\n")
     with RewardPool(RewardsConfig(funcs=("slow.py:f",)), default_funcs=()) as pool:
         start = time.monotonic()
         pool.start()
         pool.pump()
         assert time.monotonic() - start < 0.5
         pool.wait_ready()
-        assert time.monotonic() - start > 0.9
+        assert time.monotonic() - start > 0.7
         assert rewards_of(pool, "a") == [1.0]
 
 
 @pytest.mark.parametrize("text", ["sleep", "stubborn", "power"])
 def test_a_hang_costs_one_completion_of_one_function(text: str) -> None:
-    with pool_of("length", "dangerous", "no_row", weights=(1.0, 1.0, 1.0), timeout_s=0.6) as pool:
+    with pool_of("length", "dangerous", "no_row", weights=(1.0, 1.0, 1.0), timeout_s=1.0) as pool:
         pool.wait_ready()
         start = time.monotonic()
         scored = pool.score(rollout(t, seed=i) for i, t in enumerate(["a", text, "bb", "ccc"]))
-        assert 0.6 < time.monotonic() - start < 5.0
+        assert 1.0 < time.monotonic() - start < 20.0
     assert [s.reward for s in scored] == [3.0, None, 4.0, 5.0]
     assert scored[1].scores == {"length": float(len(text)), "dangerous": None, "no_row": 1.0}
-    assert scored[1].failures == {"dangerous": "ran past the limit of 0.6 s (rewards.timeout_s)"}
+    assert scored[1].failures == {"dangerous": "ran past the limit of 1 s (rewards.timeout_s)"}
 
 
 def test_a_hang_is_killed_with_its_children(folder: Path) -> None:
-    with pool_of("dangerous", timeout_s=0.5) as pool:
+    with pool_of("dangerous", timeout_s=1.0) as pool:
         assert rewards_of(pool, "child", "a") == [None, 1.0]
         assert is_gone(int((folder / "child.pid").read_text()))
 
@@ -379,7 +379,7 @@ def test_rollouts_are_dropped_when_their_source_raises() -> None:
 
 def test_verdicts_of_the_clock_are_written_and_replayed(folder: Path) -> None:
     log = folder / "run" / "verdicts.jsonl"
-    with pool_of("length", "dangerous", timeout_s=0.5, log=log) as pool:
+    with pool_of("length", "dangerous", timeout_s=1.0, log=log) as pool:
         first = pool.score(rollout(t, seed=i) for i, t in enumerate(["sleep", "exit", "a"]))
     calls = (folder / "calls.txt").read_text().split()
     assert calls == ["sleep", "exit", "a"]
@@ -401,8 +401,12 @@ def test_verdicts_of_the_clock_are_written_and_replayed(folder: Path) -> None:
 def test_a_verdict_is_on_disk_before_it_is_used(folder: Path) -> None:
     (folder / "blocked").write_text("a file where the log's folder should be")
     log = folder / "blocked" / "verdicts.jsonl"
-    with pool_of("dangerous", log=log) as pool, pytest.raises(RunError, match="cannot be written"):
-        rewards_of(pool, "exit")
+    with pool_of("dangerous", log=log) as pool:
+        pool.submit(rollout("exit"))
+        with pytest.raises(RunError, match="cannot be written"):
+            pool.collect()
+        with pytest.raises(RunError, match="cannot be written"):
+            pool.collect()
 
 
 def test_a_damaged_verdict_log_is_named(folder: Path) -> None:
@@ -415,6 +419,7 @@ def test_nothing_is_left_after_close() -> None:
     pool = pool_of("modules", workers=2)
     pool.wait_ready()
     pids = [worker.pid for worker in pool._workers]
+    assert all(os.getsid(pid) == pid for pid in pids)  # Ctrl-C in the terminal does not reach them
     pool.submit(rollout())
     pool.close()
     pool.close()

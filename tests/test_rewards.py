@@ -24,7 +24,7 @@ from strop.rewards.call import BoundFunction, Completion, check_returned
 from strop.rewards.combine import Outcome, combine
 from strop.rewards.library import LIBRARY, countdown, exact, numeric, think_format
 from strop.rewards.load import load_function, read_entries
-from strop.rewards.symbolic import math_reward, within_budget
+from strop.rewards.symbolic import math_reward, preload, within_budget
 from strop.types import Problem, Rollout, Segment
 
 SHARED = Path(os.environ.get("STROP_SHARED", Path(__file__).parents[2] / "shared"))
@@ -212,6 +212,7 @@ def test_exact(text: str, answer: object, expected: float | None) -> None:
         (r"\frac{1}{2}", "0.5", 1.0),
         ("anything", None, None),
         ("5", r"\begin{", None),
+        ("$", "$", None),
     ],
 )
 def test_math(given_answer: str, gold: str | None, expected: float | None) -> None:
@@ -241,11 +242,13 @@ BOMBS = [
     r"\sin" * 60 + " x", "9" * 1_000_000, "1e999999999", "x" * 1_000_000, r"\boxed{" * 5_000, r"\boxed{1}" * 5_000,
     "x^(9^(9^9))", "\ud800", "\x00", "$" * 100_000, "1," * 100_000, r"2^{10 \cdot 10 \cdot 10 \cdot 10}",
     r"\log(\pi-e)\sin(12^{20} x)", r"9^{99}\sqrt[5]{x}\log(\sqrt[5]{3})", r"\sin(200 x)",
+    r"\sqrt{a}-x+2 \cdot \log(99) \cdot 3 \cdot 123456789",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["numeric", "math", "exact", "countdown", "think_format"])
 def test_no_bomb_takes_long(name: str) -> None:
+    preload()
     rows = [{"answer": r"x^2+\sqrt{2}"}, {"answer": "81"}]
     allowed = {"think_format": (0.0, 1.0), "numeric": (0.0, None)}.get(name, (0.0,))
     for bomb in BOMBS:
@@ -284,7 +287,7 @@ def test_every_sampled_gsm8k_answer_is_accepted_and_its_neighbour_is_not() -> No
 
 
 @given(st.text(max_size=300), st.text(max_size=60), st.sampled_from(["", "<think>\n", "<think></think>"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_text_raises(text: str, gold: str, prefill: str) -> None:
     for name in ("numeric", "math", "exact", "think_format"):
         for completion in (text, rf"\boxed{{{text}}}"):
@@ -295,7 +298,7 @@ MATHS = st.text(alphabet=r"0123456789.,+-*/^=!%(){}[]\ xyfracsqtpi_", max_size=6
 
 
 @given(MATHS, st.sampled_from(["81", "x+1", r"\sqrt{2}", "(1,2)", r"\frac{\pi}{2}"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_formula_raises(text: str, gold: str) -> None:
     assert score("math", rf"\boxed{{{text}}}", answer=gold) in (0.0, 1.0)
     assert score("numeric", text, answer=gold) in (0.0, 1.0, None)

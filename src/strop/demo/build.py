@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from .card import card_text, table
 from .corpus import IGNORED, Corpus, CorpusSettings
-from .measure import held_out_puzzles, measure
+from .measure import held_out_puzzles, measure, method_accuracy
 from .tokenizer import END, MAX_LENGTH, PAD, VOCAB_SIZE, build_tokenizer
 
 if TYPE_CHECKING:
@@ -166,9 +166,16 @@ def describe(
     problems_per_family: int = 100,
 ) -> str:
     """Measure a saved model, write `measured.json` and the card beside it, and return the table of accuracies."""
-    accuracy = measure(model, build_tokenizer(), held_out_puzzles(problems_per_family), k=SAMPLES)
+    tokenizer, puzzles = build_tokenizer(), held_out_puzzles(problems_per_family)
+    accuracy = measure(model, tokenizer, puzzles, k=SAMPLES)
+    others = {
+        difficulty: measure(model, tokenizer, held_out_puzzles(problems_per_family // 5, difficulty), k=SAMPLES)["all"]
+        for difficulty in (1, 3, 4)
+    }
     measured = {
         "accuracy": {name: value.as_dict() for name, value in accuracy.items()},
+        "pass_at_1_of_other_difficulties": {d: round(value.pass_at_1, 4) for d, value in others.items()},
+        "method_accuracy": round(method_accuracy(model, puzzles), 4),
         "difficulty": 2,
         "k": SAMPLES,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -12,6 +12,8 @@ import torch
 
 from ..seeding import derive_seed
 from ..tasks.arithmetic import FAMILIES, Puzzle
+from .tokenizer import encode_completion, encode_prompt
+from .traces import CLEAN, write_trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,3 +119,24 @@ def measure(
     families = list(dict.fromkeys(puzzle.family for puzzle in puzzles))
     by_family = {f: over(torch.tensor([p.family == f for p in puzzles])) for f in families}
     return by_family | {"all": over(torch.ones(len(puzzles), dtype=torch.bool))}
+
+
+@torch.no_grad()
+def method_accuracy(model: PreTrainedModel, puzzles: Sequence[Puzzle]) -> float:
+    """Return how often the model's first choice for a digit after `=` is right, along flawless traces of the problems.
+
+    It tells whether the method is known, apart from how often it is sampled.
+    """
+    right = total = 0
+    for puzzle in puzzles:
+        prompt = encode_prompt(puzzle.text)
+        completion = encode_completion(*write_trace(puzzle, CLEAN, Random(0)))
+        ids = torch.tensor([prompt + completion], device=model.device)
+        choices = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+        is_result = False
+        for token, choice in zip(completion, choices, strict=True):
+            is_result = is_result and ord("0") <= token <= ord("9")
+            total += is_result
+            right += is_result and token == choice
+            is_result = is_result or token == ord("=")
+    return right / total

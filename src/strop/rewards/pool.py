@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import RewardError
+from ..errors import RewardError, StropError
 from ..types import Rollout, ScoredRollout
 from .call import NOT_PASSED, RESERVED, Completion
 from .combine import Outcome, combine
@@ -78,7 +78,7 @@ class RewardPool:
         self._barren_deaths = 0
         self._extras: dict[str, list[Any]] = {}
         self._metrics: dict[str, list[float]] = {}
-        self._error: RewardError | None = None
+        self._error: StropError | None = None
 
     def __enter__(self) -> RewardPool:
         self.start()
@@ -212,8 +212,15 @@ class RewardPool:
                 job.outcomes[index] = Outcome(None, reason)
 
     def _turn(self, *, block: bool) -> None:
-        """One round: wait if asked to, read, enforce limits, hand out."""
+        """One round: wait if asked to, read, enforce limits, hand out. What it raises once, it raises ever after."""
         self._raise_error()
+        try:
+            self._round(block)
+        except StropError as e:
+            self._error = e
+            raise
+
+    def _round(self, block: bool) -> None:
         if block:
             self._wait()
         for worker in list(self._workers):
@@ -254,8 +261,7 @@ class RewardPool:
 
     def _take(self, worker: WorkerProcess, report: dict[str, Any]) -> None:
         if "refused" in report:
-            self._error = RewardError(str(report["refused"]), hint=str(report["hint"]))
-            self._raise_error()
+            raise RewardError(str(report["refused"]), hint=str(report["hint"]))
         if "ready" in report:
             worker.ready = True
             return
@@ -278,11 +284,10 @@ class RewardPool:
             if limit is None or time.monotonic() < limit:
                 continue
             if not worker.ready:
-                self._error = RewardError(
+                raise RewardError(
                     f"a reward worker has not imported its functions within {LOAD_LIMIT_S:g} s",
                     hint="look for work at import time in the files of rewards.funcs, and move it into the function",
                 )
-                self._raise_error()
             self._replace(worker, f"ran past the limit of {self._timeout_s:g} s (rewards.timeout_s)")
 
     def _replace_dead(self, worker: WorkerProcess) -> None:
@@ -292,11 +297,10 @@ class RewardPool:
             return
         self._barren_deaths += 1
         if self._barren_deaths >= MAX_BARREN_DEATHS:
-            self._error = RewardError(
+            raise RewardError(
                 f"{self._barren_deaths} reward workers in a row died without an answer, the last with {how}",
                 hint=f"import the functions by hand to see why: {', '.join(spec.entry for spec in self._specs)}",
             )
-            self._raise_error()
         self._replace(worker, "")
 
     def _replace(self, worker: WorkerProcess, reason: str) -> None:
@@ -320,7 +324,7 @@ class RewardPool:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise RewardError(self._error.message, hint=self._error.hint)
+            raise type(self._error)(self._error.message, hint=self._error.hint)
 
 
 def _pickled(completion: Completion) -> bytes:

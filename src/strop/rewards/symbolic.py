@@ -38,13 +38,15 @@ MAX_INTEGER_DIGITS = 15
 MAX_EXPONENT = 20
 MAX_EXPONENT_PRODUCT = 1_000
 MAX_ANGLE_FACTOR = 100
+MAX_LOGARITHM_FACTOR = 100_000
 
 _SPAN = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _GOLD_ONLY = re.compile(
     r"!|%|\\(?:[dt]?binom|choose|sum|prod|i*int|oint|lim|pm|mp|bmod|pmod|mod|gcd|begin|neq|approx|lor|vee|cup)(?![A-Za-z])"
     r"|(?<![A-Za-z])(?:or|and)(?![A-Za-z])|[<>]"
 )
-_TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc)")
+_TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
+_LOGARITHMIC = re.compile(r"log|ln|lg|exp")
 _FUNCTION = re.compile(r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt|min|max|operatorname)(?![A-Za-z])")
 _EXPONENT = re.compile(r"(?P<base>.?) ?\^ ?(?:\{(?P<group>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|(?P<single>\\?\w))")
 _ASSIGNMENT = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=")
@@ -95,7 +97,7 @@ def _score(text: str, gold_value: Any, prefill: str) -> float | None:
     gold_number = parse_number(gold)
     gold_key = _key(gold)
     is_word = gold_key.isalpha() and len(gold_key) > 1
-    if gold_number is None and not is_word and not _parse_gold(gold):
+    if not gold_key or (gold_number is None and not is_word and not _parse_gold(gold)):
         return None
     part = answer_part(text, prefill)
     answer = None if part is None else _final_answer(tail(part))
@@ -152,7 +154,7 @@ def within_budget(answer: str, gold: str) -> bool:
         return False
     if len(_FUNCTION.findall(answer)) > MAX_FUNCTIONS or not _exponents_are_small(answer, gold):
         return False
-    return _angles_are_small(answer, gold) and _no_new_constructs(answer, gold)
+    return _factors_are_small(answer, gold) and _no_new_constructs(answer, gold)
 
 
 def _depth(text: str) -> int:
@@ -183,15 +185,19 @@ def _exponents_are_small(answer: str, gold: str) -> bool:
     return product <= MAX_EXPONENT_PRODUCT
 
 
-def _angles_are_small(answer: str, gold: str) -> bool:
-    """Whether no multiple of an angle can be large: SymPy expands sin(n x) into a polynomial of degree n."""
-    if not _TRIGONOMETRIC.search(answer):
+def _factors_are_small(answer: str, gold: str) -> bool:
+    """Whether SymPy can expand sin(n x), a polynomial of degree n, and contract n log(m), the integer m^n."""
+    if _TRIGONOMETRIC.search(answer):
+        limit = MAX_ANGLE_FACTOR
+    elif _LOGARITHMIC.search(answer):
+        limit = MAX_LOGARITHM_FACTOR
+    else:
         return True
     known = set(re.findall(r"\d+", gold))
     factor = math.prod(max(int(digits), 1) for digits in re.findall(r"\d+", answer) if digits not in known)
     powers = [match for match in _EXPONENT.finditer(answer) if match["base"].isdigit() or match["base"] in (")", "}")]
     exponents = [int(digits) for match in powers for digits in re.findall(r"\d+", _exponent_text(match))]
-    return factor <= MAX_ANGLE_FACTOR and factor ** max(exponents, default=1) <= MAX_ANGLE_FACTOR
+    return factor <= limit and factor ** max(exponents, default=1) <= limit
 
 
 def _exponent_text(match: re.Match[str]) -> str:
