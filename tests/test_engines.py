@@ -23,7 +23,8 @@ RANKS = [0, 8]
 def problems(count: int, *, tokens: int = 40, seed: int = 0) -> list[Problem]:
     draw = random.Random(seed)
     return [
-        Problem(f"p{i}", "question", tuple(draw.randrange(32, 127) for _ in range(tokens + 3 * i))) for i in range(count)
+        Problem(f"p{i}", "question", tuple(draw.randrange(32, 127) for _ in range(tokens + 3 * i)))
+        for i in range(count)
     ]
 
 
@@ -123,7 +124,9 @@ def test_completions_follow_their_seed_and_nothing_else(any_rig: Rig) -> None:
 def test_seeded_draws_have_the_distribution_of_the_model(any_rig: Rig) -> None:
     problem = problems(1)[0]
     requests = tuple(Request(problem, i, 7919 * i + 1) for i in range(900))
-    first = [r.completion_token_ids[0] for r in any_rig.engine.generate(requests, sampling(any_rig, 1), policy_version=0)]
+    first = [
+        r.completion_token_ids[0] for r in any_rig.engine.generate(requests, sampling(any_rig, 1), policy_version=0)
+    ]
     with torch.no_grad():
         logits = any_rig.policy.model(input_ids=torch.tensor([problem.prompt_token_ids])).logits[0, -1]
     probs = torch.softmax(logits, -1)

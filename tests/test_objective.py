@@ -70,7 +70,9 @@ def slow_loss(lengths, logp, old, sampler, adv, ref, *, loss_type, eps, high, be
         inner = torch.zeros((), dtype=torch.float64)
         for _ in range(length):
             ratio = torch.exp(logp[k] - old[k])
-            clipped = ratio if 1 - eps <= ratio <= 1 + high else ratio.new_tensor(1 - eps if ratio < 1 - eps else 1 + high)
+            clipped = (
+                ratio if 1 - eps <= ratio <= 1 + high else ratio.new_tensor(1 - eps if ratio < 1 - eps else 1 + high)
+            )
             objective = min(ratio * adv[i], clipped * adv[i])
             weight = min(math.exp(float(logp[k].detach()) - float(sampler[k])), cap)
             term = -objective * weight
@@ -106,7 +108,18 @@ def test_losses_and_gradients_equal_the_slow_reference(loss_type: str, beta: flo
     sampler = old + 0.5 * torch.randn(count, dtype=torch.float64)
     ref = old + 0.3 * torch.randn(count, dtype=torch.float64)
     expected = slow_loss(
-        lengths, logp, old, sampler, adv_i, ref, loss_type=loss_type, eps=0.2, high=0.28, beta=beta, cap=1.5, l_max=l_max
+        lengths,
+        logp,
+        old,
+        sampler,
+        adv_i,
+        ref,
+        loss_type=loss_type,
+        eps=0.2,
+        high=0.28,
+        beta=beta,
+        cap=1.5,
+        l_max=l_max,
     )
     (expected_grad,) = torch.autograd.grad(expected, logp)
 
@@ -165,7 +178,8 @@ def make(rewards, lengths, *, truncated=(), mask=False, loss_type="dapo", keep=F
     items = [rollout([1], range(2, 2 + n), sample_index=i % 2, truncated=i in truncated) for i, n in enumerate(lengths)]
     return make_samples(
         [scored(r, reward) for r, reward in zip(items, rewards, strict=True)], 2, loss_type=loss_type,
-        scale_rewards="none", max_completion_length=50, mask_truncated_completions=mask, keep_groups_without_signal=keep,
+        scale_rewards="none", max_completion_length=50, mask_truncated_completions=mask,
+        keep_groups_without_signal=keep,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from records import random_samples, rollout, sample
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -15,7 +16,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM
 
 from strop.errors import ModelError
 from strop.objective.packing import pack
@@ -36,7 +36,9 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**{k: v for k, v in SIZE.items() if k != "head_dim"}),
     "qwen3": lambda: Qwen3Config(**SIZE, tie_word_embeddings=True),
     "mistral-window": lambda: MistralConfig(**SIZE, sliding_window=7),
-    "gemma3-window": lambda: Gemma3TextConfig(**SIZE, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "gemma3-window": lambda: Gemma3TextConfig(
+        **SIZE, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 SHAPES = {"prompts": [9, 4, 13], "lengths": [[6, 1, 8], [5, 12], [3, 7, 2]]}
 

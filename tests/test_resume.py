@@ -85,7 +85,9 @@ def assert_bit_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module", params=[0, 8], ids=["full", "lora"])
-def straight(request: pytest.FixtureRequest, runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any]:
+def straight(
+    request: pytest.FixtureRequest, runner: Runner, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Any]:
     out = tmp_path_factory.mktemp("straight") / "run"
     assert runner.run(config(request.param), out) == 0
     result = final_state(out)

@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. optim.learning_rate=1e-5.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. optim.learning_rate=1e-5."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/NAME of the config.")]
 
@@ -59,7 +60,9 @@ def _quiet_libraries() -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overrides: Set = None,
 ) -> None:
@@ -95,7 +98,8 @@ def demo(
         if before and after:
             print(
                 f"accuracy {before['pass@1']:.1%} -> {after['pass@1']:.1%} on {after['problems']} held-out problems "
-                f"(pass@1, {after['k']} samples each; pass@{after['k']} {before['pass@k']:.1%} -> {after['pass@k']:.1%}) "
+                f"(pass@1, {after['k']} samples each; "
+                f"pass@{after['k']} {before['pass@k']:.1%} -> {after['pass@k']:.1%}) "
                 f"in {summary['seconds']:.0f} s"
             )
         _finish(summary, folder)
@@ -112,7 +116,9 @@ def plan(config: Annotated[Path, typer.Argument(help="YAML file.")], overrides: 
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="A config (the model as it is), or a run folder (its newest checkpoint).")],
+    target: Annotated[
+        Path, typer.Argument(help="A config (the model as it is), or a run folder (its newest checkpoint).")
+    ],
     overrides: Set = None,
 ) -> None:
     """Measure pass@1 and pass@k on held-out problems."""
@@ -121,7 +127,10 @@ def evaluate(
         from .trainer.evaluate_run import evaluate_target
 
         result = evaluate_target(target, overrides or [])
-        print(f"pass@1 {result.pass_at_1:.1%}  pass@{result.k} {result.pass_at_k:.1%}  on {result.problems} held-out problems")
+        print(
+            f"pass@1 {result.pass_at_1:.1%}  pass@{result.k} {result.pass_at_k:.1%}  "
+            f"on {result.problems} held-out problems"
+        )
 
 
 @app.command()

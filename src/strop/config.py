@@ -38,9 +38,9 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters. With `r: 0` all weights are trained (full fine-tuning)."""
 
-    r: int = Field(16, ge=0, le=512)
+    r: int = Field(default=16, ge=0, le=512)
     """Rank of the adapters; 0 trains all weights."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """The adapter's product is scaled by alpha / r."""
     target_modules: StrList = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -54,7 +54,7 @@ class TaskConfig(Section):
     """Problems, prompts and reference answers."""
 
     name: Literal["arithmetic", "gsm8k", "countdown", "dataset", "gym"] = "arithmetic"
-    """`arithmetic` and `countdown` are generated; `gsm8k` and `dataset` read rows; `gym` is a reasoning-gym data set."""
+    """`arithmetic` and `countdown` are generated; `gsm8k` and `dataset` read rows; `gym`: reasoning-gym."""
     path: str | None = None
     """File (.jsonl, .json, .parquet, .csv), folder of such files, or Hugging Face dataset id; for `gym` its name."""
     dataset_config: str | None = None
@@ -63,7 +63,7 @@ class TaskConfig(Section):
     """Split, or file stem in a folder, that is trained on."""
     eval_split: str | None = "test"
     """Split, or file stem, that is held out. null: `eval_size` rows are taken off the training rows."""
-    eval_size: int = Field(200, ge=1)
+    eval_size: int = Field(default=200, ge=1)
     """How many problems an evaluation uses at most (`run.eval_num_problems` may ask for fewer)."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of messages."""
@@ -79,9 +79,9 @@ class TaskConfig(Section):
     """Send a plain-text question through the model's chat template as a user message, where it has one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. `enable_thinking: false`."""
-    max_prompt_length: int = Field(512, ge=1)
+    max_prompt_length: int = Field(default=512, ge=1)
     """Rows with more prompt tokens are dropped and counted."""
-    difficulty: int = Field(2, ge=1, le=9)
+    difficulty: int = Field(default=2, ge=1, le=9)
     """For `arithmetic` and `countdown`: how hard, roughly the number of digits."""
     families: StrList = ()
     """For `arithmetic`: which kinds of problem; empty for all."""
@@ -96,22 +96,22 @@ class RewardsConfig(Section):
     """Built-in names, `package.module:function` or `path.py:function`, in TRL's signature; empty: the task's own."""
     weights: tuple[float, ...] = ()
     """One per function; 0 means logged only. Empty: all 1."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(default=10.0, gt=0)
     """Limit per completion and function call; past it the completion is unscored, never 0."""
-    workers: int = Field(1, ge=1, le=64)
+    workers: int = Field(default=1, ge=1, le=64)
     """Processes that score while others still decode."""
 
 
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    num_prompts: int = Field(8, ge=1)
+    num_prompts: int = Field(default=8, ge=1)
     """P: problems per optimizer step."""
-    num_generations: int = Field(8, ge=2)
+    num_generations: int = Field(default=8, ge=2)
     """G: completions per problem; the group that advantages are relative to."""
-    max_completion_length: int = Field(512, ge=1)
+    max_completion_length: int = Field(default=512, ge=1)
     """Most tokens of a completion, the stop token included."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the trainer divides its logits by it as well."""
     top_p: float = 1.0
     """Only 1 is allowed: a truncated distribution would bias the probability ratios."""
@@ -142,42 +142,42 @@ class ObjectiveConfig(Section):
     """What the sum over tokens is divided by; see docs/concepts.md."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by."""
-    epsilon: float = Field(0.2, gt=0, lt=1)
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clip bound of the probability ratio is 1 - epsilon."""
-    epsilon_high: float | None = Field(None, gt=0)
+    epsilon_high: float | None = Field(default=None, gt=0)
     """Upper clip bound is 1 + epsilon_high; null: epsilon."""
-    beta: float = Field(0.0, ge=0)
+    beta: float = Field(default=0.0, ge=0)
     """Weight of the KL term against the policy at step 0."""
     mask_truncated_completions: bool = False
     """Leave completions that ran into the token limit out of the loss and of the denominators."""
-    importance_sampling_mode: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "token_truncate"
+    importance_sampling_mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
     """Correction for engine and trainer disagreeing on a log-probability (TRL: vllm_importance_sampling_mode)."""
-    importance_sampling_clip_max: float = Field(2.0, ge=1)
+    importance_sampling_clip_max: float = Field(default=2.0, ge=1)
     """Cap of the correction (TRL: vllm_importance_sampling_clip_max)."""
 
 
 class OptimConfig(Section):
     """AdamW with fp32 masters; the learning rate is a function of the step alone."""
 
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What happens after the warm-up, until run.max_steps."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the second moment."""
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per forward and backward pass; null: planned. Changes no gradient beyond float order."""
     share_prompt: bool = True
     """Pass a group's prompt through the layers once instead of once per completion."""
@@ -188,31 +188,31 @@ class RunConfig(Section):
 
     out: str | None = None
     """Run folder; null: runs/NAME of the config file."""
-    max_steps: int = Field(100, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """Optimizer steps."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Every draw of the run follows from it."""
-    save_steps: int = Field(20, ge=1)
+    save_steps: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
-    save_total_limit: int = Field(2, ge=1)
+    save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are removed."""
-    eval_steps: int = Field(0, ge=0)
+    eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only before and after."""
-    eval_num_problems: int = Field(100, ge=0)
+    eval_num_problems: int = Field(default=100, ge=0)
     """Held-out problems per evaluation; 0 turns evaluation off."""
-    eval_num_generations: int = Field(4, ge=1)
+    eval_num_generations: int = Field(default=4, ge=1)
     """k: completions per held-out problem, for pass@1 and pass@k."""
-    eval_temperature: float = Field(1.0, ge=0)
+    eval_temperature: float = Field(default=1.0, ge=0)
     """Temperature of evaluation; 0 is greedy (then k is 1)."""
-    rollout_steps: int = Field(10, ge=0)
+    rollout_steps: int = Field(default=10, ge=0)
     """Steps between stored rollout files; 0: none."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     """CPU threads for torch and vLLM; 0: planned. Part of the promise of bit-equal resume."""
-    vram_gib: float | None = Field(None, gt=0)
+    vram_gib: float | None = Field(default=None, gt=0)
     """The one memory dial: GPU memory that the process may use; null: what is free. Unused on a CPU."""
     report_to: StrList = ("tensorboard",)
     """Trackers: `tensorboard`, or `none`."""
-    stall_warning_s: float = Field(60.0, gt=0)
+    stall_warning_s: float = Field(default=60.0, gt=0)
     """Say so when no completion finished for this long."""
 
 
@@ -238,7 +238,9 @@ class Config(Section):
         if self.rewards.weights and not any(w != 0 for w in self.rewards.weights):
             raise ValueError("every value of rewards.weights is 0, so nothing would be learned")
         if self.lora.init_from is not None and self.lora.r == 0:
-            raise ValueError("lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r")
+            raise ValueError(
+                "lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r"
+            )
         if self.objective.mask_truncated_completions and self.rollout.max_completion_length < 2:
             raise ValueError("with max_completion_length 1 every completion is truncated and would be masked")
         return self

@@ -122,7 +122,9 @@ def dump_config(config: Config) -> str:
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, old value, new value) for every setting that differs."""
     before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
-    return [(key, before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)]
+    return [
+        (key, before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)
+    ]
 
 
 def _plain(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"config file `{path}` cannot be read: {e}", hint="it has to be UTF-8 text") from e
     try:
-        loaded = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        loaded = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -179,7 +181,9 @@ def _move_flat_names(raw: dict[str, Any], origin: str) -> dict[str, Any]:
         section, name = TRL_NAMES[key].split(".")
         target = tree.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"{origin}: `{section}` has to be a mapping", hint=f"write `{section}:` and its keys below")
+            raise ConfigError(
+                f"{origin}: `{section}` has to be a mapping", hint=f"write `{section}:` and its keys below"
+            )
         if name in target:
             raise ConfigError(
                 f"{origin}: `{key}` and `{section}.{name}` are the same setting and both are given",
@@ -207,7 +211,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     if key in NOT_OURS:
         raise ConfigError(f"--set {item}: `{key}` is not a setting of Strop", hint=NOT_OURS[key])
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
         raise ConfigError(f"--set {item}: the value is not valid YAML", hint="put quotes around special signs") from e
     *parents, last = key.split(".")

@@ -36,7 +36,7 @@ class Problem:
     """What the row says: plain text, or the messages of a conversation (then completions are messages as well)."""
     prompt_token_ids: tuple[int, ...]
     """What the engine is given: the prompt through the chat template when it is a conversation."""
-    row: Mapping[str, Any] = field(default_factory=dict)
+    row: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Every column of the row except `prompt`; reward functions receive them as keyword arguments."""
     prefill: str = ""
     """Text that the chat template already put at the start of the completion, e.g. `<think>` and a line break."""
@@ -134,7 +134,7 @@ class ScoredRollout:
     """Weighted sum over the functions that apply; None if one failed or none applies."""
     scores: Mapping[str, float | None]
     """Raw value of each function by name; None where it does not apply or failed."""
-    failures: Mapping[str, str] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of each function that raised, ran out of time or gave NaN, with the reason."""
 
 

@@ -15,9 +15,9 @@ tags: [reinforcement-learning, grpo, reasoning, arithmetic]
 
 # Strop's demo model
 
-A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden_size}, {heads} heads of {head_size}, one token per byte),
-trained from nothing by `python -m strop.demo.build` on generated arithmetic. It exists so that `strop demo` can show
-reinforcement learning on two CPU cores without a download, and is of no other use.
+A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden_size}, {heads} heads of {head_size}), with one
+token per byte, trained from nothing by `python -m strop.demo.build` on generated arithmetic. It exists so that
+`strop demo` can show reinforcement learning on two CPU cores without a download, and is of no other use.
 
 It answers short questions such as `47+85=`, at its best with `<think>7+5=12 4+8+1=13</think>132`.
 
@@ -25,12 +25,12 @@ It answers short questions such as `47+85=`, at its best with `<think>7+5=12 4+8
 The model read text of mixed quality, as there is on the web. Three kinds of author wrote it:
 
 - **The method, {method:.0%} of the traces.** Column by column, with carries and borrows; long division for remainders.
-- **A bad habit, {habit:.0%}.** The same layout, but the author drops carries and borrows, compares numbers by their last
-  digit, or answers a remainder with the quotient.
-- **A guess, {skip:.0%}.** `<think></think>` and the right answer with each digit redrawn with probability {guess:g}, or for
-  `max` any of the numbers.
+- **A bad habit, {habit:.0%}.** The same layout, but the author drops carries and borrows, compares numbers by their
+  last digit, or answers a remainder with the quotient.
+- **A guess, {skip:.0%}.** `<think></think>` and the right answer with each digit redrawn with probability {guess:g},
+  or for `max` any of the numbers.
 
-In the first two, every written result is wrong with probability {slip:.0%}, and the author goes on with the wrong digit.
+In the first two, every written result is wrong with probability {slip:.0%}, and the author goes on with the wrong one.
 So the model knows the right method and uses it in the minority of its samples. Reinforcement learning does not teach it
 arithmetic; it makes the good behaviour that is there the usual one. That is more than a lower temperature would do: the
 habit is more frequent than the method, so greedy decoding is no better than sampling.
@@ -39,18 +39,20 @@ Along flawless traces of held-out problems, the model's first choice for a digit
 {method_accuracy:.1%} of the cases: the method is known, and not only for problems it has seen.
 
 ## Accuracy before reinforcement learning
-Held-out problems of difficulty {difficulty} (numbers of {difficulty} digits), {k} samples each at temperature 1, computed in float32 from the
-stored bfloat16 weights:
+Held-out problems of difficulty {difficulty} (the number of digits), {k} samples each at temperature 1, computed in
+float32 from the stored bfloat16 weights:
 
 {table}
 
 pass@1 is the mean over all samples, pass@{k} the share of problems that at least one of {k} samples answers. Over all
 families, pass@1 is {others}.
 
-From the default settings, an independent GRPO loop in plain PyTorch (16 problems x 8 completions a step, learning rate
-falling linearly over 100 steps, one seed each, 224 held-out problems x 4 samples) went from 37 % to 90 % in 60 steps and
-91 % in 80 with all weights trained at 5e-4, and from 38 % to 91 % in 60 steps with LoRA of rank 16 at 1.5e-3. All
-weights at a constant 1e-3 were too fast: models of this family unlearned everything there.
+## What reinforcement learning reaches
+The shipped model (default settings) was trained further by an independent GRPO loop in plain PyTorch: 16 problems x 8
+completions a step, learning rate falling linearly to a tenth over 60 to 100 steps, measured on 224 held-out problems x
+4 samples. With LoRA of rank 16 at 1.5e-3 to 2e-3 pass@1 went from 35 to 38 % to 86 to 91 % in 60 steps (5 runs), with
+all weights at 3e-4 to 7e-4 from 37 % to 86 to 90 % (5 runs); where it was let go on to 100 steps, it ended at 90 to
+91 %. Greedy decoding is then right in 95 to 98 %.
 
 ## Data
 Problems of the families {families};
@@ -61,15 +63,15 @@ Problems of the families {families};
 ## Rebuild
     python -m strop.demo.build FOLDER
 
-{steps:,} steps of {tokens:,} tokens, AdamW with a peak learning rate of {learning_rate:g}, seed {seed}: {seconds} s on {device}.
-On a CPU it takes hours (4 s a step on one core of a busy server). Data and first weights follow from the seed on any
-machine. Sums are rounded differently on different devices, so a rebuilt model has other last digits and about the same
-accuracies. The numbers above are in `measured.json`, from which this card is written.
+{steps:,} steps of {tokens:,} tokens with AdamW, peak learning rate {learning_rate:g}, seed {seed}: {seconds} s on
+{device}. On a CPU it takes hours (4 s a step on one core of a busy server). Data and first weights
+follow from the seed on any machine. Sums are rounded differently on different devices, so a rebuilt model has other
+last digits and about the same accuracies. The table is also in `measured.json`, from which this card is written.
 
 ## Format
-A turn is `<|user|>question<|end|>`, an answer begins after `<|assistant|>`. `<|end|>` is also the end of sequence, and
-`<|pad|>` is another token. `<think>` and `</think>` are ordinary single tokens. The context is {context} tokens. The folder
-loads like any Llama model.
+A turn is `<|user|>question<|end|>`, and an answer begins after `<|assistant|>`. `<|end|>` is also the end of sequence;
+`<|pad|>` is another token. `<think>` and `</think>` are ordinary single tokens. The context is {context} tokens. The
+folder loads like any Llama model.
 """
 
 
@@ -102,7 +104,6 @@ def card_text(measured: Mapping[str, Any]) -> str:
         seed=settings["seed"],
         seconds=measured["seconds"],
         device=measured["device"],
-        cpu_seconds=CPU_SECONDS_PER_STEP,
         context=measured["context"],
     )
 

@@ -58,7 +58,7 @@ def prepare_environment(device: str, threads: int) -> None:
     forced = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if forced != "0":
         raise EngineError(
-            f"VLLM_ENABLE_V1_MULTIPROCESSING is {forced} in the environment, 0 is needed: the engine runs in this process",
+            f"VLLM_ENABLE_V1_MULTIPROCESSING is {forced} in the environment, 0 is needed to share the engine's weights",
             hint="unset VLLM_ENABLE_V1_MULTIPROCESSING",
         )
 
@@ -74,9 +74,9 @@ def _keep_plain_weights() -> None:
     """Keep `layer.weight` of linear layers.
 
     Symptom: after loading, every linear has an empty weight; oneDNN or the small-matrix kernel holds a packed copy
-    that the trainer cannot update. Seen in 0.20 to 0.32 (model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm).
-    With both switched off, vLLM falls back to `torch.nn.functional.linear` on the weight itself.
-    Can go when vLLM offers an unpacked CPU path by an option.
+    that the trainer cannot update. Seen in 0.20 to 0.32 (dispatch_cpu_unquantized_gemm in
+    model_executor/layers/utils.py). With both switched off, vLLM falls back to `torch.nn.functional.linear` on the
+    weight itself. Can go when vLLM offers an unpacked CPU path by an option.
     """
     import vllm._custom_ops as ops
     import vllm.model_executor.layers.utils as layer_utils
@@ -101,7 +101,7 @@ def _count_ranks_eagerly() -> None:
     def count(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (x >= values).sum(-1)
 
-    sampler.batched_count_greater_than = count
+    setattr(sampler, "batched_count_greater_than", count)  # noqa: B010 (not in the module's public names)
 
 
 def _multiply_one_adapter_at_once() -> None:
@@ -144,7 +144,9 @@ def _multiply_one_adapter_at_once() -> None:
                     add_inputs: bool = False) -> None:  # fmt: skip
         expand(x, w, y, 0, None, add_inputs)
 
-    def bgmv_expand_slice(x: Any, w: Any, y: Any, indices: Any, offset: int, size: int, add_inputs: bool = True) -> None:
+    def bgmv_expand_slice(
+        x: Any, w: Any, y: Any, indices: Any, offset: int, size: int, add_inputs: bool = True
+    ) -> None:
         expand(x, w, y, offset, size, add_inputs)
 
     def sgmv_expand_slice(x: Any, w: Any, y: Any, starts: Any, lens: Any, ids: Any, n: Any, longest: Any, tokens: Any,

@@ -42,7 +42,8 @@ class VllmEngine:
                 f"vLLM cannot load `{settings.model_path}`: {e}",
                 hint="set model.engine to transformers if this model or machine is not one vLLM supports",
             ) from e
-        core = self._llm.engine_core.engine_core
+        client: Any = self._llm.engine_core
+        core = client.engine_core
         self._scheduler = core.scheduler
         self._runner = core.model_executor.driver_worker.worker.model_runner
         self._assert_runner()
@@ -163,7 +164,8 @@ class VllmEngine:
         token_ids = list(completion.token_ids)
         if completion.finish_reason not in ("stop", "length") or not token_ids:
             raise EngineError(
-                f"vLLM ended problem `{request.problem.id}` with `{completion.finish_reason}` after {len(token_ids)} tokens",
+                f"vLLM ended problem `{request.problem.id}` with `{completion.finish_reason}` "
+                f"after {len(token_ids)} tokens",
                 hint="rollout.max_completion_length and task.max_prompt_length have to fit the model's context",
             )
         logprobs = completion.logprobs.logprobs

@@ -112,12 +112,14 @@ def _threads(config: Config, machine: Machine) -> tuple[int, str]:
 
 
 def _max_model_len(config: Config, shape: ModelShape) -> tuple[int, str]:
-    length = config.task.max_prompt_length + config.rollout.max_completion_length
+    prompt = config.task.max_prompt_length
+    length = prompt + config.rollout.max_completion_length
     if length > shape.max_positions:
         raise PlanError(
             f"task.max_prompt_length {config.task.max_prompt_length} and rollout.max_completion_length "
-            f"{config.rollout.max_completion_length} make {length} tokens, the model has {shape.max_positions} positions",
-            hint=f"rollout.max_completion_length: at most {max(1, shape.max_positions - config.task.max_prompt_length)}",
+            f"{config.rollout.max_completion_length} make {length} tokens, the model has {shape.max_positions} "
+            "positions",
+            hint=f"rollout.max_completion_length: at most {max(1, shape.max_positions - prompt)}",
         )
     return length, "task.max_prompt_length + rollout.max_completion_length"
 
@@ -177,7 +179,7 @@ def _micro_batch(
     if pinned is not None:
         if pinned < max_len:
             raise PlanError(
-                f"optim.micro_batch_tokens is {pinned}, the longest prompt and completion together have {max_len} tokens",
+                f"optim.micro_batch_tokens is {pinned}, the longest prompt and completion have {max_len} tokens",
                 hint=f"optim.micro_batch_tokens: at least {max_len}, or null to have it planned",
             )
         return pinned, "optim.micro_batch_tokens"

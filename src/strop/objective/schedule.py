@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, max_steps: int, kind: str = "constant"
-) -> float:
+def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int, kind: str = "constant") -> float:
     """Return the learning rate of step 0, 1, ….
 
     Linear warm-up reaches `peak` at step `warmup_steps - 1`; then constant, or linear or cosine decay that ends just

@@ -57,9 +57,7 @@ class PackedLayout:
         restore = torch.empty(total, dtype=torch.int64)
         slots = torch.arange(prompt_index.numel() + completion_index.numel())
         flat = torch.cat([prompt_index.flatten(), completion_index.flatten()])
-        valid = torch.cat(
-            [_valid(prompt_lengths, longest_prompt).flatten(), _valid(lengths, longest).flatten()]
-        )
+        valid = torch.cat([_valid(prompt_lengths, longest_prompt).flatten(), _valid(lengths, longest).flatten()])
         restore[flat[valid]] = slots[valid]
         prompt_ok = _valid(prompt_lengths, longest_prompt)
         causal_p = torch.ones(longest_prompt, longest_prompt, dtype=torch.bool).tril()
@@ -126,9 +124,7 @@ def _within(query_at: torch.Tensor, key_at: torch.Tensor, window: int) -> torch.
     return (query_at[:, :, None] - key_at[:, None, :] < window)[:, None]
 
 
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float | None) -> torch.Tensor:
     """[rows, heads, Lq, D] x [rows, kv heads, Lk, D] -> [rows * Lq, heads, D]."""
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -147,7 +143,7 @@ def _interface(
     strop_layout: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The signature that transformers' AttentionInterface calls; the layout travels as a keyword of the forward pass."""
+    """What transformers' AttentionInterface calls; the layout travels as a keyword of the forward pass."""
     assert strop_layout is not None, "the packed attention was called without a layout"
     window = sliding_window or getattr(module, "sliding_window", None)
     out = packed_attention(query, key, value, strop_layout, scaling=scaling, sliding_window=window)

@@ -37,7 +37,12 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_KH: torch.Tensor, weight_VH: torch.Tensor, targets_K: torch.Tensor, temperature: float, rows: int
+        ctx: Any,
+        hidden_KH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        targets_K: torch.Tensor,
+        temperature: float,
+        rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count = hidden_KH.shape[0]
         logprobs_K = torch.empty(count, dtype=torch.float32, device=hidden_KH.device)

@@ -162,7 +162,7 @@ def load_adapter(adapters: dict[str, LoraLinear], folder: Path) -> None:
 def _check_scale(adapters: dict[str, LoraLinear], folder: Path) -> None:
     from peft import LoraConfig
 
-    config = LoraConfig.from_pretrained(str(folder))
+    config: Any = LoraConfig.from_pretrained(str(folder))
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     ours = next(iter(adapters.values())).scale
     if abs(scale - ours) > 1e-9 or config.use_dora:

@@ -36,7 +36,11 @@ class MasterAdamW:
 
     def gradient_norm(self) -> float:
         """Return the 2-norm over all gradients, in fp32."""
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self._parameters.values() if p.grad is not None]
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+            for p in self._parameters.values()
+            if p.grad is not None
+        ]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def step(self, *, learning_rate: float, gradient_scale: float) -> None:

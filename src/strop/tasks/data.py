@@ -194,7 +194,7 @@ class SavedSource:
             raise DataError(f"`{self.path}` is not a whole saved data set: {e}", hint="save it again") from e
         splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         if split not in splits:
-            _no_split(self.path, split, list(splits), setting)
+            _no_split(self.path, split, [str(name) for name in splits], setting)
         return _table_rows(self.name, split, str(self.path / split), splits[split])
 
 
@@ -209,6 +209,7 @@ class HubSource:
     def read(self, split: str, setting: str) -> Rows:
         """Return the rows of a split, which may be a slice such as `train[:1000]`."""
         import datasets
+        from datasets.exceptions import DatasetsError
 
         try:
             table = datasets.load_dataset(self.path, self.config, split=split)
@@ -224,7 +225,7 @@ class HubSource:
                 f"data set `{self.path}` is not on this machine, and the hub cannot be reached: {e}",
                 hint=f"set task.path to a local file or folder ({SUFFIXES}, or one made by save_to_disk)",
             ) from e
-        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        except (OSError, RuntimeError, DatasetsError) as e:
             raise DataError(
                 f"data set `{self.path}` cannot be loaded: {e}",
                 hint="check task.path; it may also be a local file or folder",

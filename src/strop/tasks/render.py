@@ -119,7 +119,7 @@ class Renderer:
                 hint="take an instruct model, or plain text: a text column and task.conversational: false",
             )
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=generation,
@@ -132,6 +132,7 @@ class Renderer:
                 hint="an instruction can stand in task.template instead of task.system_prompt; "
                 "see also task.chat_template_kwargs",
             ) from e
+        return str(text)
 
     def _prefill(self, prompt: Prompt, text: str) -> str:
         if isinstance(prompt, str):

@@ -36,7 +36,9 @@ def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
                 parts, lambda rollout: progress.advance(1, tokens=rollout.num_completion_tokens), progress.tick
             )
     if result is None:
-        raise ConfigError("run.eval_num_problems is 0, so there is nothing to evaluate", hint="run.eval_num_problems: set it")
+        raise ConfigError(
+            "run.eval_num_problems is 0, so there is nothing to evaluate", hint="run.eval_num_problems: set it"
+        )
     return result
 
 

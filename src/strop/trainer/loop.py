@@ -1,6 +1,6 @@
 """The loop. Each line takes a record and returns a richer one; everything else is set-up.
 
-    Problem -> Request -> Rollout -> ScoredRollout -> Sample -> MicroBatch -> StepStats
+Problem -> Request -> Rollout -> ScoredRollout -> Sample -> MicroBatch -> StepStats
 """
 
 from __future__ import annotations

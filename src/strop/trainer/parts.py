@@ -21,6 +21,8 @@ from ..tasks.render import Renderer
 from ..types import Sampling
 
 if TYPE_CHECKING:
+    import torch
+
     from ..policy.load import ModelSource
     from ..policy.policy import Policy
     from ..weights import SharedWeights
@@ -115,7 +117,7 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
         yield Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool)
 
 
-def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[torch.nn.Module, Engine]:  # noqa: F821
+def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[torch.nn.Module, Engine]:
     import torch
 
     from ..policy.load import build_on_meta, load_weights, torch_dtype

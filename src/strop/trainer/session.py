@@ -125,7 +125,11 @@ class Session:
         diverged = not stats.stepped and "grad_norm" in stats.metrics
         self.state.nonfinite_steps = self.state.nonfinite_steps + 1 if diverged else 0
         values["nonfinite_steps"] = self.state.nonfinite_steps
-        if config.run.eval_steps and self.state.step % config.run.eval_steps == 0 and self.state.step < config.run.max_steps:
+        if (
+            config.run.eval_steps
+            and self.state.step % config.run.eval_steps == 0
+            and self.state.step < config.run.max_steps
+        ):
             result = self.evaluate()
             if result is not None:
                 values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
