@@ -550,3 +550,22 @@ def test_a_sum_that_overflows_is_unscored() -> None:
     scored = combine(rollout(), ("a",), (1e10,), {"a": Outcome(1e300)})
     assert scored.reward is None
     assert "inf" in scored.failures["weighted sum"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{4}", 1.0),
+        (r"\boxed{\frac{1}{2}} as said", 1.0),
+        ("so 4", 0.0),
+        (r"\boxed{4} or \boxed{5}", 0.0),
+        (r"\boxed{}", 0.0),
+        (r"\boxed{ }", 0.0),
+        (r"\boxed{4", 0.0),
+        (r"<think>\boxed{1}</think>\boxed{2}", 1.0),
+        (r"<think>\boxed{1}", 0.0),
+        (r"<think>x</think>\boxed{2} \boxed", 0.0),
+    ],
+)
+def test_single_box_takes_exactly_one_box_with_content(text: str, expected: float) -> None:
+    assert LIBRARY["single_box"](completions=[text]) == [expected]

@@ -13,7 +13,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional as F
@@ -97,7 +97,8 @@ def pretrain(
     settings: BuildSettings, device: torch.device, *, workers: int = 0, log_every: int = 100
 ) -> LlamaForCausalLM:
     """Return the trained model on `device`, in float32; prints loss and speed every `log_every` steps."""
-    model = new_model(settings).to(device)
+    model = new_model(settings)
+    cast(torch.nn.Module, model).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
@@ -135,7 +136,8 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     model.eval()
-    model.to(torch.bfloat16).save_pretrained(out)
+    cast(torch.nn.Module, model).to(torch.bfloat16)
+    model.save_pretrained(out)
     model.float()
     (out / "model.safetensors").chmod(0o644)
     build_tokenizer().save_pretrained(out)

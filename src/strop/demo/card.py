@@ -15,8 +15,8 @@ tags: [reinforcement-learning, grpo, reasoning, arithmetic]
 
 # Strop's demo model
 
-A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden_size}, {heads} heads of {head_size}), with one
-token per byte, trained from nothing by `python -m strop.demo.build` on generated arithmetic. It exists so that
+A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden_size}, {heads} heads of {head_size}), with
+one token per byte, trained from nothing by `python -m strop.demo.build` on generated arithmetic. It exists so that
 `strop demo` can show reinforcement learning on two CPU cores without a download, and is of no other use.
 
 It answers short questions such as `47+85=`, at its best with `<think>7+5=12 4+8+1=13</think>132`.
@@ -50,15 +50,16 @@ families, pass@1 is {others}.
 ## What reinforcement learning reaches
 The shipped model (default settings) was trained further by an independent GRPO loop in plain PyTorch: 16 problems x 8
 completions a step, learning rate falling linearly to a tenth over 60 to 100 steps, measured on 224 held-out problems x
-4 samples. With LoRA of rank 16 at 1.5e-3 to 2e-3 pass@1 went from 35 to 38 % to 86 to 91 % in 60 steps (5 runs), with
-all weights at 3e-4 to 7e-4 from 37 % to 86 to 90 % (5 runs); where it was let go on to 100 steps, it ended at 90 to
-91 %. Greedy decoding is then right in 95 to 98 %.
+4 samples. With LoRA of rank 16 at 1e-3 to 2e-3, pass@1 rose from 35-38 % to 85-91 % in 60 steps (6 runs), with all
+weights at 3e-4 to 7e-4 from 37-38 % to 86-90 % (5 runs). The four runs of 100 steps ended at 90-91 %. Greedy decoding
+was then right in 95-98 %.
 
 ## Data
-Problems of the families {families};
-{difficulties}. One problem in eight is held out by a hash of the problem itself (`Puzzle.is_held_out` in
-`strop/tasks/arithmetic.py`; orders that make no difference count as one problem). Neither this training nor the task
-`arithmetic` ever draws those for training, so they are new to the model before and after reinforcement learning.
+Problems of the families {families}:
+{difficulties}. One problem in eight is held out by a hash of the problem
+itself (`Puzzle.is_held_out` in `strop/tasks/arithmetic.py`; orders that make no difference count as one problem).
+Neither this training nor the task `arithmetic` ever draws those for training, so they are new to the model before and
+after reinforcement learning.
 
 ## Rebuild
     python -m strop.demo.build FOLDER
@@ -95,9 +96,7 @@ def card_text(measured: Mapping[str, Any]) -> str:
         k=measured["k"],
         table=table(measured["accuracy"], measured["k"]),
         families=_listing(f"`{name}`" for name in measured["accuracy"] if name != "all"),
-        difficulties=" and ".join(
-            f"{share:.0%} with {d} digit{'s' if int(d) > 1 else ''}" for d, share in digits.items()
-        ),
+        difficulties=_listing(f"{share:.0%} of difficulty {d}" for d, share in digits.items()),
         steps=settings["steps"],
         tokens=settings["corpus"]["rows"] * settings["corpus"]["row_length"],
         learning_rate=settings["learning_rate"],

@@ -1,4 +1,7 @@
-"""Accuracy of a model on held-out arithmetic problems, by family: greedy, sampled once, and best of k samples."""
+"""Accuracy of a model on held-out arithmetic problems, by family: greedy, sampled once, and best of k samples.
+
+Models and tokenizers are those of transformers; its own types are too loose to be checked against.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +17,6 @@ from ..seeding import derive_seed
 from ..tasks.arithmetic import FAMILIES, Puzzle
 from .tokenizer import encode_completion, encode_prompt
 from .traces import CLEAN, write_trace
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 512
 """Completions that are generated together."""
@@ -54,15 +54,19 @@ def held_out_puzzles(count_per_family: int, difficulty: int = 2) -> list[Puzzle]
 
 
 def final_answer(text: str) -> str:
-    """Return what follows the last `</think>`, without surrounding blanks; empty if the tag is missing."""
-    _, tag, answer = text.rpartition("</think>")
-    return answer.strip() if tag else ""
+    """Return what follows the last `</think>`, without surrounding blanks; empty while a `<think>` is still open.
+
+    A text without tags is its own answer, as for the reward `exact`.
+    """
+    if text.rfind("<think>") > text.rfind("</think>"):
+        return ""
+    return text.rpartition("</think>")[2].strip()
 
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     puzzles: Sequence[Puzzle],
     *,
     temperature: float,
@@ -91,8 +95,8 @@ def complete(
 
 
 def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     puzzles: Sequence[Puzzle],
     *,
     k: int = 8,
@@ -122,7 +126,7 @@ def measure(
 
 
 @torch.no_grad()
-def method_accuracy(model: PreTrainedModel, puzzles: Sequence[Puzzle]) -> float:
+def method_accuracy(model: Any, puzzles: Sequence[Puzzle]) -> float:
     """Return how often the model's first choice for a digit after `=` is right, along flawless traces of the problems.
 
     It tells whether the method is known, apart from how often it is sampled.

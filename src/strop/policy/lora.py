@@ -60,6 +60,17 @@ def inject(
 
     Raises ModelError when a target matches no layer.
     """
+    found = find_targets(model, target_modules)
+    adapters = {}
+    for name, module in found.items():
+        parent, _, leaf = name.rpartition(".")
+        adapters[name] = LoraLinear(module, r, alpha, seed=seed, name=name)
+        setattr(model.get_submodule(parent), leaf, adapters[name])
+    return adapters
+
+
+def find_targets(model: torch.nn.Module, target_modules: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """Return the linear layers to adapt by full name. Raises ModelError when a target matches none."""
     wanted = set(target_modules)
     found = {
         name: module
@@ -73,12 +84,7 @@ def inject(
             f"lora.target_modules names {sorted(missing)}, which the model does not have",
             hint=f"lora.target_modules: its linear layers are {linears}",
         )
-    adapters = {}
-    for name, module in found.items():
-        parent, _, leaf = name.rpartition(".")
-        adapters[name] = LoraLinear(module, r, alpha, seed=seed, name=name)
-        setattr(model.get_submodule(parent), leaf, adapters[name])
-    return adapters
+    return found
 
 
 @contextmanager
@@ -128,16 +134,22 @@ def _whole(value: float) -> Any:
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
+def check_adapter_folder(folder: str | Path) -> Path:
+    """Return the weights' file of a PEFT adapter folder. Raises ModelError when there is none."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file() or not (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"`{folder}` holds no adapter_model.safetensors with its adapter_config.json",
+            hint="lora.init_from: give a folder with a PEFT adapter",
+        )
+    return path
+
+
 def load_adapter(adapters: dict[str, LoraLinear], folder: Path) -> None:
     """Copy a PEFT adapter into `adapters`. Raises ModelError when it is missing, or of another shape."""
     from safetensors.torch import load_file
 
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ModelError(
-            f"`{folder}` holds no adapter_model.safetensors", hint="lora.init_from: give a folder with a PEFT adapter"
-        )
-    stored = load_file(path)
+    stored = load_file(check_adapter_folder(folder))
     expected = state_dict(adapters)
     if set(stored) != set(expected):
         odd = sorted(set(stored) ^ set(expected))[:3]

@@ -188,6 +188,21 @@ def _is_thought_then_answer(text: str, prefill: str) -> bool:
     return _is_visible(thought) and _is_visible(answer)
 
 
+def single_box(completions: Sequence[Any], prefill: Sequence[str] | None = None, **_: Any) -> list[float | None]:
+    r"""1.0 for exactly one `\boxed{...}` with content after the thinking part, else 0.0: more than one is a hedge."""
+    return [
+        _has_single_box(completion_text(completion), start)
+        for completion, start in zip(completions, _prefills(prefill, completions), strict=True)
+    ]
+
+
+def _has_single_box(text: str, prefill: str) -> float:
+    part = answer_part(text, prefill)
+    if part is None or part.count("\\boxed") != 1:
+        return 0.0
+    return float(any(map(_is_visible, boxes(part))))
+
+
 def _is_visible(text: str) -> bool:
     return any(ch.isprintable() and not ch.isspace() for ch in text)
 
@@ -202,6 +217,7 @@ LIBRARY: Mapping[str, Callable[..., list[float | None]]] = {
     "math": math_reward,
     "countdown": countdown,
     "think_format": think_format,
+    "single_box": single_box,
     "accuracy_reward": math_reward,
     "think_format_reward": think_format,
 }

@@ -70,7 +70,10 @@ def model_path(config: Config) -> str:
 def prepare(config: Config) -> Prepared:
     """Open model and task and derive the plan. Raises a StropError when they do not fit together or the machine."""
     from ..policy.load import open_model
+    from ..policy.lora import check_adapter_folder
 
+    if config.lora.init_from:
+        check_adapter_folder(config.lora.init_from)
     source = open_model(model_path(config))
     renderer = Renderer(source.tokenizer, chat_template_kwargs=config.task.chat_template_kwargs)
     task = build_task(config.task, renderer, seed=config.run.seed, eval_size=config.task.eval_size)
@@ -100,9 +103,9 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
     config, plan = prepared.config, prepared.plan
     torch.set_num_threads(plan.threads)
     with ExitStack() as stack:
+        adapters = {}
         model, engine = _model_and_engine(prepared, note)
         stack.callback(engine.close)
-        adapters = {}
         if config.lora.r:
             adapters = lora.inject(
                 model, r=config.lora.r, alpha=config.lora.alpha, target_modules=config.lora.target_modules,
@@ -120,6 +123,7 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
 def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[torch.nn.Module, Engine]:
     import torch
 
+    from ..policy import lora
     from ..policy.load import build_on_meta, load_weights, torch_dtype
     from ..weights import alias_parameters
 
@@ -151,7 +155,9 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
         block_size=plan.block_size, seed=config.run.seed, lora_rank=config.lora.r,
         lora_target_modules=config.lora.target_modules,
     )  # fmt: skip
-    engine = VllmEngine(settings, decode, device=plan.device)
     model = build_on_meta(source, dtype)
+    if config.lora.r:  # a wrong name shows before anything slow is loaded
+        lora.find_targets(model, config.lora.target_modules)
+    engine = VllmEngine(settings, decode, device=plan.device)
     alias_parameters(model, engine)
     return model, engine

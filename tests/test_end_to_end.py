@@ -1,0 +1,183 @@
+"""The command as a user runs it: the demo learns, the minimal loop learns, Ctrl-C loses nothing, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from engines import tiny_model
+
+from strop import StropError, load_config, train
+from strop.monitor.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = f"{ROOT}/tests/toy_rewards.py"
+pytestmark = pytest.mark.slow
+
+
+def strop(*args: str, cwd: Path, timeout: float = 1500) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "strop", *args], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def write_config(folder: Path, text: str = "", **changes: str) -> Path:
+    path = folder / "run.yaml"
+    values = {"model": str(tiny_model()), "funcs": f"{TOY}:share_of_low_bytes", "steps": "3", **changes}
+    path.write_text(
+        f"""
+model: {{path: {values["model"]}}}
+lora: {{r: 0}}
+task: {{name: arithmetic, max_prompt_length: 40}}
+rewards: {{funcs: ["{values["funcs"]}"]}}
+rollout: {{num_prompts: 4, num_generations: 4, max_completion_length: 24}}
+run: {{max_steps: {values["steps"]}, eval_num_problems: 2, report_to: [tensorboard]}}
+{text}"""
+    )
+    return path
+
+
+@pytest.mark.parametrize("flag", [[], ["--lora"]], ids=["full", "lora"])
+def test_the_demo_learns(flag: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = strop("demo", *flag, "--out", str(out), "--set", "run.max_steps=36", "--set", "run.eval_num_problems=60",
+                   cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    before, after = summary["eval_before"]["pass@1"], summary["eval_after"]["pass@1"]
+    assert 0.25 <= before <= 0.50
+    assert summary["eval_before"]["pass@k"] >= 0.8
+    assert after >= before + 0.25, result.stdout
+    line = f"accuracy {before:.1%} -> {after:.1%} on 60 held-out problems"
+    assert line in result.stdout
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(36))
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows if row["optimizer_steps"]) < 1e-4
+    assert all(row["clip_ratio/region_mean"] == 0 for row in rows if row["optimizer_steps"])
+
+
+def test_the_minimal_loop_learns() -> None:
+    code = "import runpy; r = runpy.run_path('examples/minimal_loop.py')['main'](24); print(sum(r[-6:]) - sum(r[:6]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=1500, check=True
+    )
+    assert float(result.stdout.split()[-1]) > 0.6, result.stdout
+    assert len((ROOT / "examples" / "minimal_loop.py").read_text().splitlines()) < 100
+
+
+def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(tmp_path: Path) -> None:
+    config = write_config(tmp_path, steps="500")
+    out = tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "strop", "train", str(config), "--out", str(out)], cwd=tmp_path, stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    rows = out / "metrics.jsonl"
+    deadline = time.monotonic() + 900
+    while not (rows.exists() and rows.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    assert process.wait(timeout=300) == 130, (tmp_path / "log").read_text()
+    done = len(read_metrics(rows))
+    assert (out / f"checkpoint-{done}" / "manifest.json").exists()
+    assert json.loads((out / "summary.json").read_text())["stopped"] == "interrupted"
+    assert "--resume" in (tmp_path / "log").read_text()
+    result = strop(
+        "train", str(config), "--out", str(out), "--resume", "--set", f"run.max_steps={done + 1}", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in read_metrics(rows)] == list(range(done + 1))
+
+
+MISTAKES = {
+    "no-config": (["model.path=empty"], "has no config.json"),
+    "no-weights": (["model.path=weightless"], "has no weights"),
+    "no-model": (["model.path=./nowhere"], "does not exist"),
+    "too-long": (["rollout.max_completion_length=600"], "the model has 512"),
+    "small-budget": (["optim.micro_batch_tokens=10"], "the longest prompt and completion"),
+    "no-function": ([f"rewards.funcs={TOY}:share_of_low_byte"], "share_of_low_byte"),
+    "no-target": (["lora.r=8", "lora.target_modules=[q_prj]"], "q_prj"),
+    "no-adapter": (["lora.r=8", "lora.init_from=empty"], "adapter_model.safetensors"),
+    "no-file": (["task.name=dataset", "task.path=nothing.jsonl"], "nothing.jsonl"),
+    "empty-file": (["task.name=dataset", "task.path=empty.jsonl", "task.eval_split=null"], "empty.jsonl"),
+    "no-column": (["task.name=dataset", "task.path=rows.jsonl", "task.eval_split=null"], "question"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_with_a_hint(
+    changes: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("empty.jsonl").touch()
+    Path("rows.jsonl").write_text('{"qestion": "1+1=", "answer": "2"}\n' * 40)
+    shutil.copytree(tiny_model(), "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = load_config(write_config(tmp_path), changes)
+    with pytest.raises(StropError) as error:
+        train(config, out=tmp_path / "run")
+    assert said in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [(["rollout.num_generatons=4"], "rollout.num_generations"), (["model.path=./nowhere"], "does not exist")],
+    ids=["misspelt", "no-model"],
+)
+def test_the_command_prints_message_and_hint_and_no_traceback(args: list[str], said: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    result = strop("train", str(config), "--out", "run", *(x for a in args for x in ("--set", a)), cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert said in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "\nhint: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+REWARDS = """
+def two(completions, **kwargs):
+    return [1.0, 2.0]
+
+def nan(completions, **kwargs):
+    return [float("nan")]
+
+def sometimes(completions, **kwargs):
+    text = completions[0][0]["content"]
+    if len(text) % 3 == 0:
+        raise ValueError("cannot read this")
+    return [None if len(text) % 3 == 1 else len(text) / 100]
+"""
+
+
+def test_a_reward_that_breaks_its_contract_stops_the_run_and_nan_is_unscored(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(REWARDS)
+    config = write_config(tmp_path, "", funcs="bad.py:two")
+    result = strop("train", str(config), "--out", "wrong", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "`two`" in result.stderr or "two" in result.stderr
+    assert "hint:" in result.stderr
+    assert "Traceback" not in result.stderr
+    no_eval = ["--set", "run.eval_num_problems=0"]
+    result = strop("train", str(config), "--out", "nan", "--set", "rewards.funcs=bad.py:nan", *no_eval, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "nan" / "metrics.jsonl")
+    assert all(row["frac_unscored"] == 1 and row["optimizer_steps"] == 0 and row["reward"] is None for row in rows)
+    result = strop(
+        "train", str(config), "--out", "some", "--set", "rewards.funcs=bad.py:sometimes", *no_eval, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "some" / "metrics.jsonl")
+    assert all(0 < row["frac_unscored"] < 1 for row in rows)
+    assert "cannot read this" in result.stdout
