@@ -10,6 +10,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(or $(PYTHON),python3) scripts/install.py --venv "$(VENV)" $(if $(PYTHON),--this-python)
 
+# Where this is set, every start would compile vLLM's and torch's thousands of modules again: ten seconds and more.
+unexport PYTHONDONTWRITEBYTECODE
+
 .NOTPARALLEL:
 .PHONY: help demo test check format install clean
 

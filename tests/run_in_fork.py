@@ -8,6 +8,8 @@ Answers with the child's exit status (negative: killed by that signal).
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -17,6 +19,13 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+
+PRELOADED = (
+    "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.lora.punica_wrapper.punica_cpu",
+    "vllm.model_executor.models.qwen3", "transformers.models.qwen3.modeling_qwen3", "pyarrow.parquet", "pandas", "peft",
+    "strop.trainer.loop", "strop.policy.policy", "strop.weights",
+)  # fmt: skip
 
 
 def kill_when(out: Path, condition: list[Any]) -> None:
@@ -57,7 +66,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import vllm.v1.engine.llm_engine  # noqa: F401
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # children then neither scan nor copy what is here already
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what children print must not mix with the answers

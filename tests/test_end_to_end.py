@@ -111,7 +111,7 @@ MISTAKES = {
     "no-adapter": (["lora.r=8", "lora.init_from=empty"], "adapter_model.safetensors"),
     "no-file": (["task.name=dataset", "task.path=nothing.jsonl"], "nothing.jsonl"),
     "empty-file": (["task.name=dataset", "task.path=empty.jsonl", "task.eval_split=null"], "empty.jsonl"),
-    "no-column": (["task.name=dataset", "task.path=rows.jsonl", "task.eval_split=null"], "question"),
+    "no-column": (["task.name=dataset", "task.path=rows.jsonl", "task.eval_split=null"], "the columns are qestion"),
 }
 
 
@@ -161,23 +161,24 @@ def sometimes(completions, **kwargs):
 """
 
 
-def test_a_reward_that_breaks_its_contract_stops_the_run_and_nan_is_unscored(tmp_path: Path) -> None:
+def test_a_reward_that_breaks_its_contract_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(REWARDS)
-    config = write_config(tmp_path, "", funcs="bad.py:two")
-    result = strop("train", str(config), "--out", "wrong", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "`two`" in result.stderr or "two" in result.stderr
-    assert "hint:" in result.stderr
-    assert "Traceback" not in result.stderr
-    no_eval = ["--set", "run.eval_num_problems=0"]
-    result = strop("train", str(config), "--out", "nan", "--set", "rewards.funcs=bad.py:nan", *no_eval, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = read_metrics(tmp_path / "nan" / "metrics.jsonl")
-    assert all(row["frac_unscored"] == 1 and row["optimizer_steps"] == 0 and row["reward"] is None for row in rows)
-    result = strop(
-        "train", str(config), "--out", "some", "--set", "rewards.funcs=bad.py:sometimes", *no_eval, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    rows = read_metrics(tmp_path / "some" / "metrics.jsonl")
-    assert all(0 < row["frac_unscored"] < 1 for row in rows)
-    assert "cannot read this" in result.stdout
+    with pytest.raises(StropError, match="two") as error:
+        train(load_config(write_config(tmp_path, funcs=f"{tmp_path}/bad.py:two")), out=tmp_path / "run")
+    assert "2" in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("function", ["nan", "sometimes"])
+def test_what_cannot_be_scored_is_unscored_and_never_0(
+    function: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text(REWARDS)
+    config = write_config(tmp_path, funcs=f"{tmp_path}/bad.py:{function}")
+    train(load_config(config, ["run.eval_num_problems=0"]), out=tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    if function == "nan":
+        assert all(row["frac_unscored"] == 1 and row["optimizer_steps"] == 0 and row["reward"] is None for row in rows)
+    else:
+        assert all(0 < row["frac_unscored"] < 1 for row in rows)
+        assert "cannot read this" in capsys.readouterr().out

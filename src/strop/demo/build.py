@@ -67,7 +67,6 @@ def new_model(settings: BuildSettings) -> LlamaForCausalLM:
             bos_token_id=None,
             eos_token_id=END,
             pad_token_id=PAD,
-            attn_implementation="sdpa",
         )
     )
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD)
