@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 from strop.monitor.metrics import read_metrics
 from strop.monitor.progress import Progress
 
-WIDTH, HEIGHT = 860, 490
+WIDTH, HEIGHT = 860, 502
 LEFT, RIGHT, TOP, BOTTOM = 62, 806, 46, 246
 LINE_HEIGHT = 17
 FIRST_LINE = 318

@@ -20,7 +20,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-
 PRELOADED = (
     "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.lora.punica_wrapper.punica_cpu",
     "vllm.model_executor.models.qwen3", "transformers.models.qwen3.modeling_qwen3", "pyarrow.parquet", "pandas", "peft",

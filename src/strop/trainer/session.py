@@ -76,7 +76,9 @@ class Session:
     saved_step: int
     """Step of the newest checkpoint; -1 without one."""
     started: float
-    times: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds of this step by phase."""
+    step_started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -105,9 +107,14 @@ class Session:
         """Measure the untrained policy once; a resumed run takes it from its state."""
         if self.state.step == 0 and self.state.eval_before is None:
             self.state.eval_before = self.evaluate()
-            self.times.clear()
             if self.state.eval_before is not None:
                 self.progress.say(f"held out before training: {_shown(self.state.eval_before)}")
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Begin the first step's time here."""
+        self.times.clear()
+        self.step_started = time.perf_counter()
 
     def record(self, scored_N: list[ScoredRollout], batch: SampleBatch, stats: StepStats) -> None:
         """Write the finished step's metrics and rollouts, advance the step number and guard against divergence."""
@@ -133,7 +140,7 @@ class Session:
             result = self.evaluate()
             if result is not None:
                 values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
-        values |= self._timings(tokens)
+        values |= self._timings(tokens, values.get("num_trained_tokens", 0))
         self.metrics.write(step, values)
         self.trackers.log(step, values)
         if config.run.rollout_steps and step % config.run.rollout_steps == 0:
@@ -150,16 +157,18 @@ class Session:
                 hint="optim.learning_rate: lower it; then start again with --out ANOTHER_FOLDER",
             )
 
-    def _timings(self, tokens: int) -> dict[str, float]:
-        import psutil
-
+    def _timings(self, generated: int, trained: float) -> dict[str, float]:
+        """Return the step's times; what no phase covers (records, the last step's checkpoint) is `time/other_s`."""
         times, self.times = self.times, {}
-        generating, total = times.get("generate", 0.0), sum(times.values())
+        now = time.perf_counter()
+        total, self.step_started = now - self.step_started, now
+        generating, training = times.get("generate", 0.0), times.get("train", 0.0)
         return {
             **{f"time/{name}_s": seconds for name, seconds in times.items()},
-            "tokens/generated_per_s": tokens / generating if generating else float("nan"),
-            "tokens/trained_per_s": tokens / times["train"] if times.get("train") else float("nan"),
-            "memory/peak_gib": _peak_gib(self.parts.plan.device, psutil.Process()),
+            "time/other_s": total - sum(times.values()),
+            "tokens/generated_per_s": generated / generating if generating else math.nan,
+            "tokens/trained_per_s": trained / training if training else math.nan,
+            "memory/peak_gib": _peak_gib(self.parts.plan.device),
             "step_time": total,
         }
 
@@ -276,7 +285,7 @@ def _shown(result: EvalSummary) -> str:
     return f"{text} on {result.problems} problems"
 
 
-def _peak_gib(device: str, process: Any) -> float:
+def _peak_gib(device: str) -> float:
     if device == "cuda":
         import torch
 

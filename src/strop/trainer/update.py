@@ -39,6 +39,8 @@ def update(
     norm = optimizer.gradient_norm()
     metrics["grad_norm"] = Metric(norm)
     metrics["learning_rate"] = Metric(learning_rate)
+    # Tokens that passed the layers: a shared prompt counts once, a completion's last token not at all.
+    metrics["num_trained_tokens"] = Metric(sum(b.num_tokens for b in batches), kind="sum")
     if not (math.isfinite(norm) and math.isfinite(metrics["loss"].value)):
         optimizer.zero_grad()
         reason = f"loss {metrics['loss'].value:g} and gradient norm {norm:g} are not both finite"
