@@ -7,6 +7,7 @@ has moved. Nothing outside `engine/` imports vLLM.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from typing import Any
 
@@ -55,6 +56,8 @@ def prepare_environment(device: str, threads: int) -> None:
         defaults["OMP_NUM_THREADS"] = str(threads)
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
+    # Before vLLM sets its loggers up, one of its modules warns that Triton has no CPU backend; nobody needs to act on it.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     forced = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if forced != "0":
         raise EngineError(
@@ -63,11 +66,12 @@ def prepare_environment(device: str, threads: int) -> None:
         )
 
 
-def patch_for_cpu() -> None:
-    """Apply the patches that training on a CPU needs; idempotent."""
-    _keep_plain_weights()
+def patch(device: str) -> None:
+    """Apply the patches that training on this device needs; idempotent."""
     _count_ranks_eagerly()
-    _multiply_one_adapter_at_once()
+    if device == "cpu":
+        _keep_plain_weights()
+        _multiply_one_adapter_at_once()
 
 
 def _keep_plain_weights() -> None:
@@ -90,8 +94,9 @@ def _keep_plain_weights() -> None:
 def _count_ranks_eagerly() -> None:
     """Count the rank of a sampled token without torch.compile.
 
-    Symptom: the first sampled token with log-probabilities waits 10 to 15 s for a C++ compiler, and fails without one.
-    Seen in 0.32 (v1/sample/ops/logprobs.py). The rank is unused here. Can go when the count is not compiled on a CPU.
+    Symptom: the first sampled token with log-probabilities waits for a compiler (on a CPU 10 to 15 s), and fails
+    without one. Seen in 0.26 and 0.32 (v1/sample/ops/logprobs.py). The rank is unused here. Can go when a sampled
+    token's log-probability can be had without its rank.
     """
     import torch
     import vllm.v1.sample.sampler as sampler
@@ -160,6 +165,7 @@ def _multiply_one_adapter_at_once() -> None:
 def _expect(module: Any, name: str) -> None:
     if not hasattr(module, name):
         raise EngineError(
-            f"vLLM {vllm_version()} has no {module.__name__}.{name}, which Strop has to change on a CPU",
-            hint=f"install vLLM {TESTED['cpu'][0]}, or set model.engine to transformers",
+            f"vLLM {vllm_version()} has no {module.__name__}.{name}, which Strop has to change",
+            hint=f"install vLLM {TESTED['cpu'][0]} (CPU) or {TESTED['cuda'][0]} (CUDA), or set model.engine to "
+            "transformers",
         )
