@@ -56,7 +56,7 @@ def prepare_environment(device: str, threads: int) -> None:
         defaults["OMP_NUM_THREADS"] = str(threads)
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
-    # Before vLLM sets its loggers up, one of its modules warns that Triton has no CPU backend; nobody needs to act on it.
+    # Before vLLM sets its loggers up, one of its modules warns that Triton has no CPU backend: nothing to act on.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     forced = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if forced != "0":
