@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from strop.config import Config
-from strop.config_load import NOT_OURS, TRL_NAMES, differences, dump_config, load_config
-from strop.errors import ConfigError, StropError
+from strop.config_load import NOT_OURS, TRL_NAMES, differences, dump_config, load_config, with_absolute_paths
+from strop.errors import ConfigError, RunError, StropError
+from strop.trainer.runfolder import open_run_folder
 
 
 def refused(source: Any = None, overrides: tuple[str, ...] = ()) -> ConfigError:
@@ -47,7 +48,23 @@ BAD = {
     "an empty section": ("rollout:", "rollout", ""),
     "numbers for names": ("rewards: {funcs: [1, 2]}", "rewards.funcs", ""),
     "text among weights": ("rewards: {funcs: [a, b], weights: [1, x]}", "rewards.weights", ""),
-    "text for a mapping": ("task: {chat_template_kwargs: yes please}", "task.chat_template_kwargs", ""),
+    "text for a mapping": ("task: {chat_template_kwargs: yes please}", "task.chat_template_kwargs", "mapping"),
+    # nothing is converted
+    "a count in quotes": ("run: {max_steps: '20'}", "run.max_steps", '"20" given; a whole number is needed'),
+    "a count with a point": ("run: {max_steps: 20.0}", "run.max_steps", "20.0 given; a whole number is needed"),
+    "true for a count": ("run: {max_steps: true}", "run.max_steps", "true given; a whole number is needed"),
+    "true for a rank": ("lora: {r: true}", "lora.r", "true given; a whole number is needed"),
+    "no for an optional count": ("optim: {micro_batch_tokens: no}", "micro_batch_tokens", "false given; a whole"),
+    "a number in quotes": ("beta: '0.1'", "objective.beta", '"0.1" given; a number is needed'),
+    "true for a number": ("beta: true", "objective.beta", "true given; a number is needed"),
+    "true for an optional number": ("vram_gib: true", "run.vram_gib", "true given; a number is needed"),
+    "true among weights": ("rewards: {funcs: [a], weights: [true]}", "rewards.weights", "true given; a number"),
+    "a bare weight": ("rewards: {funcs: [a], weights: 1}", "rewards.weights", "1 given; a list is needed"),
+    "text for a switch": ("optim: {share_prompt: 'no'}", "optim.share_prompt", '"no" given; true or false is needed'),
+    "a number for a switch": ("task: {shuffle: 1}", "task.shuffle", "1 given; true or false is needed"),
+    "a number for text": ("model: {path: 7}", "model.path", "7 given; text is needed"),
+    "a date for text": ("run: {out: 2024-01-01}", "run.out", '"2024-01-01" given; text is needed'),
+    "a mapping for a list": ("lora: {target_modules: {a: 1}}", "lora.target_modules", "a list is needed"),
     # out of range
     "a group of one": ("rollout: {num_generations: 1}", "rollout.num_generations", ""),
     "negative steps": ("run: {max_steps: -3}", "run.max_steps", "-3"),
@@ -79,6 +96,11 @@ BAD = {
     "weights for other functions": ("reward_funcs: [a, b]\nreward_weights: [1]", "rewards.weights", "one weight"),
     "all weights 0": ("reward_funcs: [a]\nreward_weights: [0]", "rewards.weights", "nothing would be learned"),
     "adapter without rank": ("lora: {r: 0, init_from: adapter}", "lora.init_from", "lora.r"),
+    "weights for the task's own": ("reward_weights: [1]", "rewards.weights", "named in rewards.funcs"),
+    "adapters for no layer": ("lora: {target_modules: []}", "lora.target_modules", "at least one layer's name"),
+    "an unknown tracker": ("report_to: wandb", "run.report_to", "'tensorboard' or 'none'"),
+    "TRL's all trackers": ("report_to: [all]", "run.report_to", "'tensorboard' or 'none'"),
+    "a tracker and none": ("report_to: [tensorboard, none]", "run", "`none` stands beside tensorboard"),
     "a name given twice": ("beta: 0.1\nobjective: {beta: 0.2}", "`beta` and `objective.beta`", "keep"),
     "flat name beside a bad section": ("beta: 0.1\nobjective: 3", "objective", ""),
     # not a config at all
@@ -104,23 +126,36 @@ BAD_OVERRIDES = {
     "no value": ("run.max_steps", "section.key=value"),
     "no key": ("=3", "section.key=value"),
     "empty": ("", "section.key=value"),
-    "misspelt": ("run.max_step=3", "run.max_steps"),
+    "misspelt": ("run.max_step=3", "did you mean `run.max_steps`?"),
+    "misspelt flat name": ("num_generatons=4", "did you mean `num_generations`?"),
     "misspelt section": ("rum.max_steps=3", "did you mean `run`?"),
     "no section": ("max_stepz=3", "max_steps"),
     "a whole section": ("run=3", "run"),
-    "too deep": ("run.max_steps.x=3", "max_steps"),
+    "too deep": ("run.max_steps.x=3", "a whole number is needed"),
+    "deep below an unknown name": ("run.max_step.x=3", "did you mean `run.max_steps`?"),
     "an empty part": ("run.=3", "run"),
     "wrong type": ("run.max_steps=many", "Optimizer steps"),
     "an empty value": ("run.max_steps=", "Optimizer steps"),
     "broken value": ("run.out=[1", "YAML"),
     "python tag": ("run.out=!!python/object/apply:os.system ['true']", "YAML"),
     "not ours": ("use_vllm=true", "model.engine"),
+    "text": ("run.max_steps='20'", '"20" given; a whole number is needed'),
+    "flat name with a wrong value": ("beta=-1", "-1 given"),
 }
 
 
 @pytest.mark.parametrize(("item", "says"), BAD_OVERRIDES.values(), ids=BAD_OVERRIDES.keys())
 def test_bad_override_is_refused(item: str, says: str) -> None:
-    assert says in str(refused({}, (item,)))
+    error = refused({}, (item,))
+    assert says in str(error)
+    assert error.message.startswith(f"--set {item}: "), "which option is wrong has to be said"
+
+
+def test_the_wrong_one_of_file_and_options_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "rollout: {num_prompts: x}")
+    assert refused(path, ("rollout.num_generations=4",)).message.startswith(f"{path}: ")
+    assert refused(path, ("rollout.num_prompts=y",)).message.startswith("--set rollout.num_prompts=y: ")
+    assert load_config(path, ["rollout.num_prompts=y", "rollout.num_prompts=2"]).rollout.num_prompts == 2
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
@@ -226,6 +261,7 @@ def test_flat_name_as_an_override(name: str) -> None:
 @pytest.mark.parametrize(("given", "meant"), [(True, "group"), (False, "none"), ("batch", "batch")])
 def test_scale_rewards_as_trl_spells_it(given: Any, meant: str) -> None:
     assert load_config({"scale_rewards": given}).objective.scale_rewards == meant
+    assert load_config({}, [f"scale_rewards={str(given).lower()}"]).objective.scale_rewards == meant
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "1E-5", ".1e-4", "1.e-5"])
@@ -251,6 +287,16 @@ def test_overrides_go_in_order_and_win(tmp_path: Path) -> None:
     assert (config.run.max_steps, config.run.seed, config.run.out) == (7, 2, "a=b")
 
 
+def test_whole_numbers_may_stand_for_fractions() -> None:
+    config = load_config({"beta": 1, "lora_alpha": 16, "reward_funcs": ["a", "b"], "reward_weights": [1, 0.5]})
+    assert (config.objective.beta, config.lora.alpha, config.rewards.weights) == (1.0, 16.0, (1.0, 0.5))
+    assert [type(x) for x in (config.objective.beta, *config.rewards.weights)] == [float] * 3
+
+
+def test_full_training_needs_no_layers() -> None:
+    assert load_config({"lora": {"r": 0, "target_modules": []}}).lora.target_modules == ()
+
+
 def test_override_of_a_nested_mapping_and_null() -> None:
     config = load_config(
         {}, ["task.chat_template_kwargs.enable_thinking=false", "task.eval_split=null", "task.template="]
@@ -272,6 +318,94 @@ def test_round_trip(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, text)) == config
     assert dump_config(load_config(write(tmp_path, text))) == text
     assert load_config(config) == config
+
+
+def test_json_round_trip_of_every_setting() -> None:
+    for config in (Config(), load_config(TRL_VALUES)):
+        assert load_config(config.model_dump(mode="json")) == config
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("models/tiny", "adapter", "demo", "chain_sum"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("data.jsonl", "score.py"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_local_paths_become_absolute(project: Path) -> None:
+    written = load_config(
+        {
+            "model": {"path": "models/../models/tiny"},
+            "lora": {"init_from": "~/adapter"},
+            "task": {"name": "dataset", "path": "./data.jsonl"},
+            "rewards": {"funcs": ["numeric", "score.py:f", "~/score.py:a.b", "package.module:f"]},
+            "run": {"out": "runs/x"},
+        }
+    )
+    config = with_absolute_paths(written)
+    assert config.model.path == f"{project}/models/tiny"
+    assert config.lora.init_from == f"{project}/adapter"
+    assert config.task.path == f"{project}/data.jsonl"
+    absolute = ("numeric", f"{project}/score.py:f", f"{project}/score.py:a.b", "package.module:f")
+    assert config.rewards.funcs == absolute
+    assert {key for key, _, _ in differences(written, config)} == {
+        "model.path", "lora.init_from", "task.path", "rewards.funcs",
+    }  # fmt: skip
+    assert with_absolute_paths(config) == config == load_config(config)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": {"path": "demo"}},
+        {"model": {"path": "Qwen/Qwen3-0.6B"}, "task": {"name": "gsm8k", "path": "openai/gsm8k"}},
+        {"task": {"name": "gym", "path": "chain_sum"}},
+        {"model": {"path": "models/none"}, "lora": {"init_from": "a\0b"}, "rewards": {"funcs": "none.py:f"}},
+    ],
+)
+def test_names_that_are_no_local_paths_stay(sections: dict[str, Any]) -> None:
+    config = load_config(sections)
+    assert with_absolute_paths(config) == config
+
+
+def test_a_run_folder_can_be_used_from_elsewhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings() -> Config:
+        task = {"name": "dataset", "path": "data.jsonl"}
+        return load_config({"model": {"path": "models/tiny"}, "task": task, "rewards": {"funcs": [" score.py:f"]}})
+
+    with open_run_folder(Path("runs/x"), settings(), resume=False) as folder:
+        folder.metrics_path.write_text('{"step": 1}\n')
+        stored = load_config(folder.path / "config.resolved.yaml")
+    with open_run_folder(Path("runs/x"), settings(), resume=True) as folder:
+        assert [text for text in folder.notices if "moved" in text] == []
+    monkeypatch.chdir("/")
+    with open_run_folder(project / "runs" / "x", stored, resume=True) as folder:
+        assert [text for text in folder.notices if "moved" in text] == []
+    assert (stored.model.path, stored.task.path) == (f"{project}/models/tiny", f"{project}/data.jsonl")
+
+
+def test_a_run_folder_of_relative_paths_is_still_taken(project: Path) -> None:
+    config = load_config({"model": {"path": "models/tiny"}, "rewards": {"funcs": ["score.py:f"]}})
+    with open_run_folder(Path("runs/x"), config, resume=False) as folder:
+        folder.metrics_path.write_text('{"step": 1}\n')
+        (folder.path / "config.resolved.yaml").write_text(dump_config(config))
+    with open_run_folder(project / "runs" / "x", config, resume=True) as folder:
+        assert [text for text in folder.notices if "moved" in text] == []
+
+
+@pytest.mark.parametrize("out", ["data.jsonl", "data.jsonl/x"])
+def test_a_file_is_no_run_folder(project: Path, out: str) -> None:
+    with pytest.raises(RunError) as caught:
+        open_run_folder(Path(out), Config(), resume=False)
+    assert f"{project}/data.jsonl is a file, a folder is needed" in caught.value.message
+    assert "--out" in caught.value.hint
+    assert "space" not in str(caught.value)
 
 
 def test_loading_writes_to_nothing_it_was_given() -> None:

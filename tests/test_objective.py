@@ -50,10 +50,12 @@ def test_unscored_members_leave_the_group_and_a_lone_member_has_no_advantage() -
     assert result.has_signal_P == (True, False)
 
 
-def test_batch_statistics_leave_masked_completions_out() -> None:
-    rewards = [1.0, 0.0, 5.0, 0.0]
-    result = group_advantages(rewards, 2, scale="batch", in_batch_statistics_N=[True, True, False, True])
-    assert result.advantages_N[0] == pytest.approx(0.5 / (statistics.stdev([1.0, 0.0, 0.0]) + 1e-4))
+def test_means_and_deviations_are_taken_over_the_same_rewards() -> None:
+    """Otherwise a deviation of 0 over part of the batch would divide differences that are not in it."""
+    rewards = [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    result = group_advantages(rewards, 4, scale="batch")
+    assert result.advantages_N[0] == pytest.approx(0.25 / (statistics.stdev(rewards) + 1e-4))
+    assert make(rewards, [3] * 8, truncated={3}, mask=True, groups=4, scale="batch").advantages_N == result.advantages_N
 
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
@@ -174,11 +176,13 @@ def test_corrections_equal_a_loop(mode: str) -> None:
     assert result.metrics["sampling/sampling_logp_difference/max"].value == pytest.approx(1.1)
 
 
-def make(rewards, lengths, *, truncated=(), mask=False, loss_type="dapo", keep=False):
-    items = [rollout([1], range(2, 2 + n), sample_index=i % 2, truncated=i in truncated) for i, n in enumerate(lengths)]
+def make(rewards, lengths, *, truncated=(), mask=False, loss_type="dapo", keep=False, groups=2, scale="none"):
+    items = [
+        rollout([1], range(2, 2 + n), sample_index=i % groups, truncated=i in truncated) for i, n in enumerate(lengths)
+    ]
     return make_samples(
-        [scored(r, reward) for r, reward in zip(items, rewards, strict=True)], 2, loss_type=loss_type,
-        scale_rewards="none", max_completion_length=50, mask_truncated_completions=mask,
+        [scored(r, reward) for r, reward in zip(items, rewards, strict=True)], groups, loss_type=loss_type,
+        scale_rewards=scale, max_completion_length=50, mask_truncated_completions=mask,
         keep_groups_without_signal=keep,
     )  # fmt: skip
 

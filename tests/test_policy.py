@@ -9,7 +9,9 @@ import torch
 from records import random_samples, rollout, sample
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -22,7 +24,7 @@ from strop.objective.packing import pack
 from strop.policy import lora
 from strop.policy.logprobs import token_logprobs
 from strop.policy.optim import MasterAdamW
-from strop.policy.policy import Policy
+from strop.policy.policy import Policy, check_packed_forward
 from strop.types import MicroBatch, Sample
 
 VOCAB = 61
@@ -296,3 +298,16 @@ def test_optimizer_state_survives_a_round_trip_bit_for_bit() -> None:
 
     assert torch.equal(run(None), run(3))
     assert torch.equal(run(None), run(0))
+
+
+def test_a_model_whose_logits_the_packed_pass_does_not_follow_is_refused() -> None:
+    for kind in CONFIGS:
+        check_packed_forward(Policy(model(kind), 0.7))
+    granite = GraniteConfig(**SIZE, logits_scaling=4.0)
+    odd = AutoModelForCausalLM.from_config(granite, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with pytest.raises(ModelError, match="type `granite`"):
+        check_packed_forward(Policy(odd, 1.0))
+    capped = Gemma2Config(**SIZE, final_logit_softcapping=None, attn_logit_softcapping=20.0)
+    odd = AutoModelForCausalLM.from_config(capped, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with pytest.raises(ModelError, match="softcap"):
+        check_packed_forward(Policy(odd, 1.0))

@@ -41,7 +41,7 @@ def _messages() -> Iterator[None]:
             print(f"hint: {e.hint}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("stopped at once; `--resume` goes on from the newest checkpoint", file=sys.stderr)
+        print("stopped at once; `--resume` goes on from the newest checkpoint, or from the start", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -125,12 +125,10 @@ def evaluate(
     with _messages():
         _quiet_libraries()
         from .trainer.evaluate_run import evaluate_target
+        from .trainer.session import shown
 
         result = evaluate_target(target, overrides or [])
-        print(
-            f"pass@1 {result.pass_at_1:.1%}  pass@{result.k} {result.pass_at_k:.1%}  "
-            f"on {result.problems} held-out problems"
-        )
+        print(shown(result))
 
 
 @app.command()
@@ -165,7 +163,8 @@ def _show_plan(config: Config) -> None:
 def _finish(summary: dict[str, Any], folder: Path) -> None:
     print(f"run folder: {folder}")
     if summary["stopped"] == "interrupted":
-        print(f"stopped after step {summary['steps']}; go on with --resume --out {folder}")
+        again = f"strop train {folder / 'config.resolved.yaml'} --out {folder} --resume"
+        print(f"stopped after step {summary['steps']}; go on with: {again}")
         raise typer.Exit(130)
 
 

@@ -11,17 +11,29 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_tuple(value: Any) -> Any:
+    """A list as YAML and JSON know it."""
+    return tuple(value) if isinstance(value, list) else value
 
 
-StrList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+def _names_as_tuple(value: Any) -> Any:
+    """One name may stand for a list of one."""
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+StrList = Annotated[tuple[str, ...], BeforeValidator(_names_as_tuple)]
+FloatList = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no silent conversion of a string to a number."""
+    """Base of all sections: frozen, no unknown keys, no conversion, except of whole numbers where fractions may stand.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    Text is no number, true and false are none either, and 2.0 is no count.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -94,7 +106,7 @@ class RewardsConfig(Section):
 
     funcs: StrList = ()
     """Built-in names, `package.module:function` or `path.py:function`, in TRL's signature; empty: the task's own."""
-    weights: tuple[float, ...] = ()
+    weights: FloatList = ()
     """One per function; 0 means logged only. Empty: all 1."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Limit per completion and function call; past it the completion is unscored, never 0."""
@@ -210,10 +222,21 @@ class RunConfig(Section):
     """CPU threads for torch and vLLM; 0: planned. Part of the promise of bit-equal resume."""
     vram_gib: float | None = Field(default=None, gt=0)
     """The one memory dial: GPU memory that the process may use; null: what is free. Unused on a CPU."""
-    report_to: StrList = ("tensorboard",)
+    report_to: Annotated[tuple[Literal["tensorboard", "none"], ...], BeforeValidator(_names_as_tuple)] = (
+        "tensorboard",
+    )
     """Trackers: `tensorboard`, or `none`."""
     stall_warning_s: float = Field(default=60.0, gt=0)
     """Say so when no completion finished for this long."""
+
+    @model_validator(mode="after")
+    def _none_stands_alone(self) -> RunConfig:
+        others = [name for name in self.report_to if name != "none"]
+        if others and len(others) < len(self.report_to):
+            raise ValueError(
+                f"report_to: `none` stands beside {', '.join(others)}; trackers, or none alone, are needed"
+            )
+        return self
 
 
 class Config(Section):
@@ -230,6 +253,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.rewards.weights and not self.rewards.funcs:
+            raise ValueError(
+                "rewards.weights is given while rewards.funcs is empty; the functions that the weights belong to have to "
+                "be named in rewards.funcs, the task's own as well"
+            )
         if self.rewards.weights and len(self.rewards.weights) != len(self.rewards.funcs):
             raise ValueError(
                 f"rewards.weights has {len(self.rewards.weights)} values for {len(self.rewards.funcs)} functions; "
@@ -237,6 +265,11 @@ class Config(Section):
             )
         if self.rewards.weights and not any(w != 0 for w in self.rewards.weights):
             raise ValueError("every value of rewards.weights is 0, so nothing would be learned")
+        if self.lora.r > 0 and not self.lora.target_modules:
+            raise ValueError(
+                f"lora.target_modules is empty while lora.r is {self.lora.r}; adapters need at least one layer's name "
+                "(lora.r 0 trains all weights)"
+            )
         if self.lora.init_from is not None and self.lora.r == 0:
             raise ValueError(
                 "lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,6 +87,18 @@ NOT_OURS: Mapping[str, str] = {
 """Names of TRL that have no counterpart, with what to do instead."""
 
 
+_NEEDED: Mapping[str, str] = {
+    "int_type": "a whole number is needed",
+    "float_type": "a number is needed",
+    "bool_type": "true or false is needed",
+    "string_type": "text is needed",
+    "tuple_type": "a list is needed",
+    "dict_type": "a mapping is needed",
+    "model_type": "a mapping of settings is needed",
+}
+"""What a setting takes, by the type of pydantic's error; its own words are used for the rest."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-5 as text; people write it all the time, so it is a float here."""
 
@@ -97,7 +111,8 @@ _Loader.add_implicit_resolver(
 def load_config(source: str | Path | Mapping[str, Any] | Config | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or take a mapping or a Config), apply `key=value` overrides in order, and check the result.
 
-    Raises ConfigError with the file, the key, what was given and the nearest valid name.
+    Paths stay as written. Raises ConfigError with the file or option, the key, what was given and what is needed or
+    the nearest valid name.
     """
     origin = "config"
     if isinstance(source, Config):
@@ -109,14 +124,41 @@ def load_config(source: str | Path | Mapping[str, Any] | Config | None = None, o
     else:
         origin, raw = str(source), _read_yaml(Path(source))
     tree = _move_flat_names(raw, origin)
-    for item in overrides:
-        _apply_override(tree, item)
-    return _validate(tree, origin)
+    origins = {_apply_override(tree, item): f"--set {item}" for item in overrides}
+    return _validate(tree, origin, origins)
 
 
 def dump_config(config: Config) -> str:
     """Return the whole config as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with local paths made absolute, so that it means the same from any current directory.
+
+    A path counts as local if something lies there now; `demo`, hub ids, built-in names and modules stay as they are.
+    """
+    model, task = config.model.path, config.task.path
+    has_data = config.task.name in ("gsm8k", "dataset")
+    changes = {
+        "model": {"path": model if model == "demo" else _absolute(model)},
+        "task": {"path": _absolute(task) if has_data and task else task},
+        "lora": {"init_from": _absolute(config.lora.init_from) if config.lora.init_from else None},
+        "rewards": {"funcs": tuple(_absolute_function(entry) for entry in config.rewards.funcs)},
+    }
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
+    )
+
+
+def _absolute(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    return os.path.abspath(expanded) if "\0" not in path and os.path.exists(expanded) else path
+
+
+def _absolute_function(entry: str) -> str:
+    target, colon, function = entry.strip().rpartition(":")
+    return f"{_absolute(target)}{colon}{function}" if target.endswith(".py") else entry
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
@@ -194,20 +236,19 @@ def _move_flat_names(raw: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _trl_value(key: str, value: Any) -> Any:
-    """TRL allows a few spellings that differ from ours: booleans for scale_rewards, `all` for trackers."""
+    """TRL takes true and false for scale_rewards as well."""
     if key == "scale_rewards" and isinstance(value, bool):
         return "group" if value else "none"
-    if key == "epsilon_high" and value is None:
-        return None
     return value
 
 
-def _apply_override(tree: dict[str, Any], item: str) -> None:
-    key, separator, text = item.partition("=")
-    key = key.strip()
-    if not separator or not key:
+def _apply_override(tree: dict[str, Any], item: str) -> str:
+    """Put the value into the tree and return `section.name` of the setting."""
+    given, separator, text = item.partition("=")
+    given = given.strip()
+    if not separator or not given:
         raise ConfigError(f"--set {item}: `section.key=value` is needed", hint="for example --set run.max_steps=20")
-    key = TRL_NAMES.get(key, key)
+    key = TRL_NAMES.get(given, given)
     if key in NOT_OURS:
         raise ConfigError(f"--set {item}: `{key}` is not a setting of Strop", hint=NOT_OURS[key])
     try:
@@ -215,30 +256,41 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     except yaml.YAMLError as e:
         raise ConfigError(f"--set {item}: the value is not valid YAML", hint="put quotes around special signs") from e
     *parents, last = key.split(".")
+    if not parents:
+        raise _unknown(f"--set {item}", key, [*TRL_NAMES, *(k for k, _ in _leaves(Config().model_dump()))])
+    if parents[0] not in Config.model_fields:
+        raise _unknown(f"--set {item}", parents[0], [*Config.model_fields, *TRL_NAMES])
     node = tree
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
             raise ConfigError(f"--set {item}: `{part}` has no keys below it", hint="use `section.key=value`")
         node = child
-    if not parents:
-        raise _unknown(f"--set {item}", key, [*TRL_NAMES, *(k for k, _ in _leaves(Config().model_dump()))])
-    node[last] = value
+    node[last] = _trl_value(given, value)
+    return ".".join(key.split(".")[:2])
 
 
-def _validate(tree: dict[str, Any], origin: str) -> Config:
+def _validate(tree: dict[str, Any], origin: str, origins: Mapping[str, str]) -> Config:
+    """Check the tree; `origins` names the `--set` option that a setting comes from."""
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
         error = e.errors()[0]
         location = [str(part) for part in error["loc"]]
+        origin = origins.get(".".join(location[:2]), origin)
         if error["type"] == "extra_forbidden":
             raise _unknown(origin, ".".join(location), _names_beside(location)) from e
         where = ".".join(location) or "config"
-        message = error["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(error["input"], dict | BaseModel) else f"{error['input']!r} given; "
+        message = _NEEDED.get(error["type"], error["msg"].removeprefix("Value error, "))
+        given = "" if isinstance(error["input"], dict | BaseModel) else f"{_shown(error['input'])} given; "
         others = f" ({len(e.errors()) - 1} more)" if len(e.errors()) > 1 else ""
         raise ConfigError(f"{origin}: `{where}`: {given}{message}{others}", hint=_field_hint(location)) from e
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML spells it, text in quotes, so that "20" and 20 are told apart."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _section_model(name: str) -> type[BaseModel] | None:

@@ -30,8 +30,7 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings, decode: Callable[[Sequence[int]], str], *, device: str) -> None:
         """Load the model; `decode` turns token ids into text. Raises EngineError with what vLLM said."""
         self._settings, self._decode, self._device = settings, decode, device
-        if device == "cpu":
-            vllm_compat.patch_for_cpu()
+        vllm_compat.patch(device)
         try:
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
@@ -82,8 +81,17 @@ class VllmEngine:
             # vLLM 0.32 raises "CPU Generator does not use offset" when a seeded request is prefilled in pieces.
             args["enable_chunked_prefill"] = False
         else:
+            # The KV cache has its bytes, so this share of the card reserves nothing; but vLLM does not start when less
+            # than that is free, and its default of 92 % is more than a card with a desktop on it has.
+            args["gpu_memory_utilization"] = 0.01
             # CUDA graphs for decoding without Inductor: most of the speed for a fraction of the start-up.
-            args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+            args["compilation_config"] = {
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": _graph_sizes(s.max_num_seqs),
+                # The adapter is always on, so graphs without it would never be replayed.
+                "cudagraph_specialize_lora": False,
+            }
         if s.lora_rank:
             args |= {
                 "enable_lora": True,
@@ -98,9 +106,10 @@ class VllmEngine:
         return next(r for r in _RANKS if r >= self._settings.lora_rank)
 
     def _assert_runner(self) -> None:
-        expected = {"cpu": "CPUModelRunner", "cuda": "GPUModelRunner"}[self._device]
+        # V2's classes have the same names in modules of other names.
+        expected = {"cpu": "vllm.v1.worker.cpu_model_runner", "cuda": "vllm.v1.worker.gpu_model_runner"}[self._device]
         runner = type(self._runner)
-        if runner.__name__ != expected or "v1.worker" not in runner.__module__:
+        if runner.__module__ != expected:
             raise EngineError(
                 f"vLLM runs {runner.__module__}.{runner.__name__}, its V1 runner {expected} is needed",
                 hint="unset VLLM_USE_V2_MODEL_RUNNER",
@@ -198,7 +207,7 @@ class VllmEngine:
         return vllm_weights.adapter_views(self._runner, self._slot, self._settings.lora_rank)
 
     def release_memory(self) -> None:
-        """Nothing to do on a CPU, where the KV cache is small and vLLM cannot release it."""
+        """Keep the KV cache mapped; the plan counts its bytes beside those of training."""
 
     def restore_memory(self) -> None:
         """See `release_memory`."""
@@ -214,3 +223,12 @@ class VllmEngine:
         self._adapter_request = None
         del self._llm, self._runner, self._scheduler
         gc.collect()
+
+
+def _graph_sizes(max_num_seqs: int) -> list[int]:
+    """Return the batch sizes to capture CUDA graphs for; a batch is padded to the next one, by a quarter at most."""
+    sizes, size = [1, 2, 4], 8
+    while size < max_num_seqs:
+        sizes.append(size)
+        size += max(8, size // 4 // 8 * 8)
+    return [*(s for s in sizes if s < max_num_seqs), max_num_seqs]

@@ -17,6 +17,14 @@ MIN_BATCHED_TOKENS = 8192
 MAX_CPU_MICRO_BATCH_TOKENS = 8192
 MAX_MICRO_BATCH_TOKENS = 32768
 CUDA_CONTEXT_BYTES = int(0.7 * GIB)
+CUDA_ENGINE_BYTES = 1 * GIB
+"""vLLM's graphs, its buffers and the workspace of its largest step."""
+LOGIT_ROWS = 1024
+"""Rows of logits that training holds at a time (policy/logprobs.py) ..."""
+LOGIT_COPIES = 5
+"""... and how many fp32 tensors of that size exist at its peak."""
+ACTIVATION_FACTOR = {"cpu": 2.0, "cuda": 1.25}
+"""Training's peak over what autograd keeps: the gradients of a layer, and on a CPU the padded attention of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +84,14 @@ def make_plan(config: Config, shape: ModelShape, machine: Machine, *, engine: st
     max_len = add("max_model_len", *_max_model_len(config, shape))
     budget = _memory_budget(config, machine)
     add("memory_gib", round(budget / GIB, 2), "run.vram_gib" if config.run.vram_gib else "what is free now")
-    fixed = _fixed_bytes(config, shape, dtype, machine)
+    fixed = _fixed_bytes(config, shape, dtype)
     add("weights_gib", round(fixed / GIB, 3), _fixed_reason(config, dtype))
+    if machine.device == "cuda":
+        overhead = _cuda_overhead_bytes(shape)
+        add(
+            "overhead_gib", round(overhead / GIB, 2), "CUDA context, the engine's graphs and buffers, a chunk of logits"
+        )
+        fixed += overhead
     seqs, kv_bytes, reason = _kv_cache(config, shape, dtype, budget - fixed, max_len)
     add("max_num_seqs", seqs, reason)
     add("kv_cache_gib", round(kv_bytes / GIB, 4), f"{seqs} sequences of {max_len} tokens in whole blocks")
@@ -136,7 +150,11 @@ def _memory_budget(config: Config, machine: Machine) -> int:
     return machine.memory_bytes
 
 
-def _fixed_bytes(config: Config, shape: ModelShape, dtype: str, machine: Machine) -> int:
+def _cuda_overhead_bytes(shape: ModelShape) -> int:
+    return CUDA_CONTEXT_BYTES + CUDA_ENGINE_BYTES + LOGIT_COPIES * LOGIT_ROWS * shape.vocab_size * 4
+
+
+def _fixed_bytes(config: Config, shape: ModelShape, dtype: str) -> int:
     weights = shape.num_parameters * BYTES[dtype]
     if config.lora.r:
         training = shape.lora_parameters(config.lora.r) * (4 + 4 + 8)  # master, gradient, two moments
@@ -144,7 +162,7 @@ def _fixed_bytes(config: Config, shape: ModelShape, dtype: str, machine: Machine
         masters = 0 if dtype == "float32" else 4
         training = shape.num_parameters * (masters + BYTES[dtype] + 8)
     reference = weights if config.objective.beta > 0 and not config.lora.r else 0
-    return weights + training + reference + (CUDA_CONTEXT_BYTES if machine.device == "cuda" else 0)
+    return weights + training + reference
 
 
 def _fixed_reason(config: Config, dtype: str) -> str:
@@ -184,8 +202,7 @@ def _micro_batch(
             )
         return pinned, "optim.micro_batch_tokens"
     cap = MAX_CPU_MICRO_BATCH_TOKENS if machine.device == "cpu" else MAX_MICRO_BATCH_TOKENS
-    # Twice: autograd's copies in backward, and the padded attention of a packed batch.
-    per_token = 2 * shape.activation_bytes_per_token(dtype)
+    per_token = int(ACTIVATION_FACTOR[machine.device] * shape.activation_bytes_per_token(dtype))
     fits = int(free * 0.8) // per_token
     if fits < max_len:
         raise PlanError(

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,31 @@ class RolloutStore:
 
     Columns: step, problem_id, sample_index, prompt, completion, reward (null: unscored), one `rewards/NAME` per reward
     function (null: does not apply or failed), advantage (null: none), num_tokens, finish_reason, truncated,
-    mean_logprob (of the sampled tokens; null: none), policy_version, seed, failures (JSON: function to reason).
+    mean_logprob (of the sampled tokens; null: none), policy_version, seed, failures (JSON: function to reason), and one
+    `extra/NAME` per column that reward functions gave to `log_extra`.
     """
 
     def __init__(self, folder: Path) -> None:
         """Store in `folder`, which is made when the first file is written."""
         self.folder = folder
 
-    def write(self, step: int, samples: Sequence[ScoredRollout], advantages: Sequence[float | None]) -> Path:
+    def write(
+        self,
+        step: int,
+        samples: Sequence[ScoredRollout],
+        advantages: Sequence[float | None],
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Path:
         """Write the file of `step` (one advantage per sample, None where it has none) and return its path.
 
-        Raises RunError when the folder cannot be written.
+        `extras` are the columns that reward functions gave to `log_extra`, one value per sample; they are stored as
+        text in columns `extra/NAME`. Raises RunError when the folder cannot be written.
         """
         import pyarrow.parquet as pq
 
         assert len(samples) == len(advantages), f"{len(advantages)} advantages for {len(samples)} completions"
         buffer = io.BytesIO()
-        pq.write_table(_table(step, samples, advantages), buffer, compression="zstd")
+        pq.write_table(_table(step, samples, advantages, extras or {}), buffer, compression="zstd")
         path = self.folder / f"step_{step:05d}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,12 @@ class RolloutStore:
         return sorted(removed)
 
 
-def _table(step: int, samples: Sequence[ScoredRollout], advantages: Sequence[float | None]) -> pa.Table:
+def _table(
+    step: int,
+    samples: Sequence[ScoredRollout],
+    advantages: Sequence[float | None],
+    extras: Mapping[str, Sequence[Any]],
+) -> pa.Table:
     import pyarrow as pa
 
     rollouts = [sample.rollout for sample in samples]
@@ -97,6 +110,10 @@ def _table(step: int, samples: Sequence[ScoredRollout], advantages: Sequence[flo
         ("policy_version", pa.int64(), [r.policy_version for r in rollouts]),
         ("seed", pa.int64(), [r.seed for r in rollouts]),
         ("failures", pa.string(), [json.dumps(dict(sample.failures), sort_keys=True) for sample in samples]),
+        *(
+            (f"extra/{_utf8(name)}", pa.string(), [None if v is None else _utf8(str(v)) for v in values])
+            for name, values in extras.items()
+        ),
     ]
     schema = pa.schema([(name, kind) for name, kind, _ in columns])
     return pa.Table.from_arrays([pa.array(values, kind) for _, kind, values in columns], schema=schema)

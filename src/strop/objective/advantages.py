@@ -37,18 +37,15 @@ def group_advantages(
     num_generations: int,
     *,
     scale: Scale,
-    in_batch_statistics_N: Sequence[bool] | None = None,
 ) -> GroupAdvantages:
-    """Compute advantages from rewards laid out as P groups of `num_generations`.
+    """Compute advantages from rewards laid out as P groups of `num_generations`; None is an unscored completion.
 
-    `in_batch_statistics_N` says which rewards the batch standard deviation is taken over (default: all scored ones);
-    it leaves masked completions out of it. Raises ValueError when the length is no multiple of the group size.
+    Means and deviations are taken over the same, scored rewards. Raises ValueError when the length is no multiple of
+    the group size.
     """
     if num_generations < 2 or len(rewards_N) % num_generations:
         raise ValueError(f"{len(rewards_N)} rewards cannot be split into groups of {num_generations}")
-    counted = [True] * len(rewards_N) if in_batch_statistics_N is None else list(in_batch_statistics_N)
-    batch = [r for r, c in zip(rewards_N, counted, strict=True) if r is not None and c]
-    batch_std = _std(batch)
+    batch_std = _std([r for r in rewards_N if r is not None])
     advantages: list[float | None] = []
     signals: list[bool] = []
     stds: list[float] = []
@@ -64,8 +61,6 @@ def group_advantages(
             continue
         mean = math.fsum(scored) / len(scored)
         divisor = {"group": std, "batch": batch_std, "none": 1.0 - STD_EPSILON}[scale] + STD_EPSILON
-        if math.isnan(divisor):  # batch statistics over fewer than two completions: nothing to scale by
-            divisor = 1.0
         advantages += [None if r is None else (r - mean) / divisor if signal else 0.0 for r in group]
     return GroupAdvantages(tuple(advantages), tuple(signals), tuple(stds))
 

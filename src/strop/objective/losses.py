@@ -93,6 +93,8 @@ def policy_loss(
         "clip_ratio/low_mean": Metric(float(clipped_low), count),
         "clip_ratio/high_mean": Metric(float(clipped_high), count),
         "clip_ratio/region_mean": Metric(float(clipped_low + clipped_high), count),
+        "clip_ratio/low_min": Metric(float(clipped_low) / count, kind="min"),
+        "clip_ratio/high_max": Metric(float(clipped_high) / count, kind="max"),
     }
     if beta > 0.0:
         assert reference_logprobs_K is not None, "beta > 0 needs the reference's log-probabilities"

@@ -39,8 +39,8 @@ def make_samples(
 ) -> SampleBatch:
     """Turn P groups of G scored rollouts, in (problem, sample) order, into samples.
 
-    A truncated completion that is masked leaves the loss and the denominators, but its reward stays in its group's
-    mean, as in TRL: it is true information about the policy. Denominators are counted over all scored, unmasked
+    A truncated completion that is masked leaves the loss and the denominators, but its reward stays in means and
+    deviations, as in TRL: it is true information about the policy. Denominators are counted over all scored, unmasked
     completions before groups without signal are dropped; these are kept only where another term of the loss (beta)
     needs their tokens.
     """
@@ -51,7 +51,7 @@ def make_samples(
         for s in scored_N
     ]
     rewards_N = [s.reward for s in scored_N]
-    result = group_advantages(rewards_N, num_generations, scale=scale_rewards, in_batch_statistics_N=trained_N)
+    result = group_advantages(rewards_N, num_generations, scale=scale_rewards)
     counts = StepCounts(
         num_completions=sum(trained_N),
         num_tokens=sum(num_trained_tokens(s) for s, kept in zip(scored_N, trained_N, strict=True) if kept),
@@ -81,6 +81,8 @@ def _metrics(scored_N: Sequence[ScoredRollout], groups: GroupAdvantages) -> dict
         "completions/min_length": Metric(min(lengths), kind="min"),
         "completions/max_length": Metric(max(lengths), kind="max"),
         "completions/mean_terminated_length": Metric(sum(terminated), len(terminated)),
+        "completions/min_terminated_length": Metric(min(terminated, default=0), kind="min"),
+        "completions/max_terminated_length": Metric(max(terminated, default=0), kind="max"),
         "completions/clipped_ratio": Metric(count - len(terminated), count),
     }
     for name in scored_N[0].scores:

@@ -1,13 +1,21 @@
 """Attention over a packed batch: each completion sees its group's prompt and itself.
 
-The whole batch passes the model as one row of T tokens. Per layer, two dense calls do the work: all prompts, padded to
-the longest; and all completions, padded to the longest, over [keys of their prompt; own keys]. A prompt's keys and
-values are computed once and gathered for each of its completions. It is plugged into transformers through its public
-AttentionInterface, so one function serves every decoder whose layers pass keys and values.
+The whole batch passes the model as one row of T tokens. A prompt's keys and values are computed once and gathered for
+each of its completions. There are two ways to do the work, with the same result up to rounding:
+
+- ragged: one call of flash attention over sequences of unequal length. Nothing is padded and there is no mask. 16-bit
+  tensors on a CUDA card of compute capability 8.0 or newer.
+- dense: two calls of scaled dot product attention with boolean masks, all prompts padded to the longest, and all
+  completions padded to the longest over [keys of their prompt; own keys]. Any device and dtype.
+
+It is plugged into transformers through its public AttentionInterface, so one function serves every decoder whose
+layers pass keys and values.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +23,83 @@ from typing import Any
 
 import torch
 
+from ..errors import ModelError
 from ..types import GroupSpan
 
 ATTENTION_NAME = "strop_packed"
+_NOT_FOLLOWED = ("softcap", "s_aux", "position_bias", "head_mask")
+"""Keywords with which transformers' models change the scores themselves."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The groups of a packed row, and the index tensors of whichever way of attention is used on them."""
+
+    groups: tuple[GroupSpan, ...]
+    device: torch.device | str = "cpu"
+
+    @classmethod
+    def build(cls, groups: tuple[GroupSpan, ...], device: torch.device | str = "cpu") -> PackedLayout:
+        """Lay out the groups of a `MicroBatch`; index tensors are made at first use."""
+        return cls(groups, device)
+
+    @functools.cached_property
+    def dense(self) -> DenseLayout:
+        """The padded form."""
+        return DenseLayout.build(self.groups, self.device)
+
+    @functools.cached_property
+    def ragged(self) -> RaggedLayout:
+        """The form without padding."""
+        return RaggedLayout.build(self.groups, self.device)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedLayout:
+class RaggedLayout:
+    """Where the sequences of the packed row begin, and which keys each of them sees.
+
+    A sequence is a prompt, or a completion without its last token. Queries lie in the order of the row.
+    """
+
+    key_index: torch.Tensor
+    """[keys] into T: per sequence its prompt's tokens, then its own; a prompt has its own alone."""
+    query_starts: torch.Tensor
+    """[sequences + 1] int32."""
+    key_starts: torch.Tensor
+    """[sequences + 1] int32."""
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def build(cls, groups: tuple[GroupSpan, ...], device: torch.device | str) -> RaggedLayout:
+        """Lay out the groups of a `MicroBatch`."""
+        keys, query_lengths, key_lengths = [], [], []
+        for group in groups:
+            prompt = torch.arange(group.prompt_start, group.prompt_start + group.prompt_length)
+            keys.append(prompt)
+            query_lengths.append(group.prompt_length)
+            key_lengths.append(group.prompt_length)
+            for span in group.completions:
+                if span.length == 0:  # a completion of one token has nothing left to pass through the layers
+                    continue
+                keys += [prompt, torch.arange(span.start, span.start + span.length)]
+                query_lengths.append(span.length)
+                key_lengths.append(group.prompt_length + span.length)
+        return cls(
+            key_index=torch.cat(keys).to(device),
+            query_starts=_starts(query_lengths).to(device),
+            key_starts=_starts(key_lengths).to(device),
+            longest_query=max(query_lengths),
+            longest_key=max(key_lengths),
+        )
+
+
+def _starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayout:
     """Index tensors that cut the packed row into padded prompts and completions and put the results back."""
 
     prompt_index: torch.Tensor
@@ -42,7 +120,7 @@ class PackedLayout:
     """[C, Lc]."""
 
     @classmethod
-    def build(cls, groups: tuple[GroupSpan, ...], device: torch.device | str = "cpu") -> PackedLayout:
+    def build(cls, groups: tuple[GroupSpan, ...], device: torch.device | str) -> DenseLayout:
         """Lay out the groups of a `MicroBatch`."""
         # A completion of one token has nothing left to pass through the layers.
         spans = [(g, s) for g, group in enumerate(groups) for s in group.completions if s.length > 0]
@@ -99,6 +177,57 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attend within the layout: query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D]."""
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    attend = _ragged if _has_flash(query) else _dense
+    return attend(query, key, value, layout, scaling, sliding_window)[None]
+
+
+def _has_flash(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _compute_capability(x.device) >= (8, 0)
+
+
+@functools.cache
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _varlen() -> functools.partial[Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Where there is no such argument, fewer heads for keys than for queries are taken as they are.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, **grouped)
+
+
+def _ragged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[T, heads, D] and [T, kv heads, D] -> [T, heads, D]."""
+    ragged = layout.ragged
+    # Causal, ends aligned: the last query of a sequence sees its last key. A window of w counts the token itself.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    return _varlen()(
+        query, key.index_select(0, ragged.key_index), value.index_select(0, ragged.key_index),
+        ragged.query_starts, ragged.key_starts, ragged.longest_query, ragged.longest_key,
+        scale=scaling, window_size=window,
+    )  # fmt: skip
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_layout: PackedLayout,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[T, heads, D] and [T, kv heads, D] -> [T, heads, D]."""
+    layout = packed_layout.dense
     q_p, k_p, v_p = (_take(x, layout.prompt_index) for x in (query, key, value))
     prompt_mask, completion_mask = layout.prompt_mask, layout.completion_mask
     if sliding_window is not None:
@@ -112,7 +241,7 @@ def packed_attention(
         k_c = torch.cat([k_p.index_select(0, layout.prompt_of_completion), k_c], dim=2)
         v_c = torch.cat([v_p.index_select(0, layout.prompt_of_completion), v_c], dim=2)
         out = torch.cat([out, _sdpa(q_c, k_c, v_c, completion_mask, scaling)])
-    return out.index_select(0, layout.restore_T)[None]
+    return out.index_select(0, layout.restore_T)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -126,6 +255,9 @@ def _within(query_at: torch.Tensor, key_at: torch.Tensor, window: int) -> torch.
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float | None) -> torch.Tensor:
     """[rows, heads, Lq, D] x [rows, kv heads, Lk, D] -> [rows * Lq, heads, D]."""
+    if q.is_cuda and q.shape[1] != k.shape[1]:
+        # With grouped heads and a mask, torch's only kernel on CUDA is the one that keeps all scores in memory.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -145,6 +277,12 @@ def _interface(
 ) -> tuple[torch.Tensor, None]:
     """What transformers' AttentionInterface calls; the layout travels as a keyword of the forward pass."""
     assert strop_layout is not None, "the packed attention was called without a layout"
+    left_out = [name for name in _NOT_FOLLOWED if kwargs.get(name) is not None]
+    if left_out:
+        raise ModelError(
+            f"the model's attention uses {', '.join(left_out)}, which the packed training pass does not follow",
+            hint="model.path: choose a Llama, Qwen2, Qwen3, Mistral or Gemma3 model",
+        )
     window = sliding_window or getattr(module, "sliding_window", None)
     out = packed_attention(query, key, value, strop_layout, scaling=scaling, sliding_window=window)
     return out, None

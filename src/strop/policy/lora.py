@@ -19,8 +19,10 @@ import torch
 
 from ..errors import ModelError
 from ..seeding import derive_seed
+from .load import check_safetensors, read_json_object
 
 _PREFIX = "base_model.model."
+_AGAIN = "lora.init_from: download or save the adapter again, or give another folder with a PEFT adapter"
 
 
 class LoraLinear(torch.nn.Module):
@@ -135,21 +137,25 @@ def _whole(value: float) -> Any:
 
 
 def check_adapter_folder(folder: str | Path) -> Path:
-    """Return the weights' file of a PEFT adapter folder. Raises ModelError when there is none."""
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file() or not (Path(folder) / "adapter_config.json").is_file():
+    """Return the weights' file of a PEFT adapter folder. Raises ModelError when there is none, or a damaged one."""
+    path = Path(folder).expanduser() / "adapter_model.safetensors"
+    config = path.with_name("adapter_config.json")
+    if not path.is_file() or not config.is_file():
         raise ModelError(
             f"`{folder}` holds no adapter_model.safetensors with its adapter_config.json",
             hint="lora.init_from: give a folder with a PEFT adapter",
         )
+    read_json_object(config, hint=_AGAIN)
+    check_safetensors(path, hint=_AGAIN)
     return path
 
 
 def load_adapter(adapters: dict[str, LoraLinear], folder: Path) -> None:
-    """Copy a PEFT adapter into `adapters`. Raises ModelError when it is missing, or of another shape."""
+    """Copy a PEFT adapter into `adapters`. Raises ModelError when it is missing, damaged, or of another shape."""
     from safetensors.torch import load_file
 
-    stored = load_file(check_adapter_folder(folder))
+    path = check_adapter_folder(folder)
+    stored = load_file(path)
     expected = state_dict(adapters)
     if set(stored) != set(expected):
         odd = sorted(set(stored) ^ set(expected))[:3]
@@ -157,7 +163,7 @@ def load_adapter(adapters: dict[str, LoraLinear], folder: Path) -> None:
             f"the adapter in `{folder}` is for other layers (for example {odd})",
             hint="lora.target_modules: name the layers that it adapts",
         )
-    _check_scale(adapters, Path(folder))
+    _check_scale(adapters, path.parent)
     with torch.no_grad():
         for name, adapter in adapters.items():
             for leaf, target in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
@@ -174,8 +180,13 @@ def load_adapter(adapters: dict[str, LoraLinear], folder: Path) -> None:
 def _check_scale(adapters: dict[str, LoraLinear], folder: Path) -> None:
     from peft import LoraConfig
 
-    config: Any = LoraConfig.from_pretrained(str(folder))
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    try:
+        config: Any = LoraConfig.from_pretrained(str(folder))
+        scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as e:
+        raise ModelError(
+            f"`{folder}/adapter_config.json` is not the config of a LoRA adapter: {e or type(e).__name__}", hint=_AGAIN
+        ) from e
     ours = next(iter(adapters.values())).scale
     if abs(scale - ours) > 1e-9 or config.use_dora:
         raise ModelError(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..types import MicroBatch
+from ..errors import ModelError
+from ..types import GroupSpan, MicroBatch, SequenceSpan
 from . import attention, lora
 from .logprobs import token_logprobs
 
@@ -77,10 +78,60 @@ class Policy:
         with _swapped(self.trainable, self.reference):
             yield
 
-    def freeze_reference(self) -> int:
-        """Keep the present trained parameters as the reference; return the bytes this takes."""
+    def freeze_reference(self) -> None:
+        """Keep copies of the present trained parameters as the reference."""
         self.reference = {name: p.detach().clone() for name, p in self.trainable.items()}
-        return sum(t.numel() * t.element_size() for t in self.reference.values())
+
+
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""Largest difference in nats that rounding explains, by dtype of the weights."""
+
+
+def check_packed_forward(policy: Policy) -> None:
+    """Compare the packed log-probabilities with the model's own logits on a group of two short sequences.
+
+    An architecture may scale its logits, add a bias to its head or use attention sinks; whatever the packed pass left
+    out would train another policy than the one that samples. Raises ModelError with the largest difference.
+    """
+    vocab = policy.model.config.vocab_size  # type: ignore[union-attr]
+    ids = torch.arange(1, 25).mul(2654435761).remainder(min(vocab, 20_000))
+    prompt, first, second = ids[:8], ids[8:17], ids[17:24]
+    batch = _two_completions(prompt, first, second)
+    with torch.no_grad():
+        packed_K = policy.forward(batch)[0].cpu()
+        plain = []
+        for completion in (first, second):
+            sequence = torch.cat([prompt, completion])[None].to(policy.device)
+            logits = policy.model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu()
+            logprobs = torch.log_softmax(logits / policy.temperature, dim=-1)
+            plain.append(logprobs.gather(1, completion[:, None]).squeeze(1))
+    gap = float((packed_K - torch.cat(plain)).abs().max())
+    if not gap <= CHECK_TOLERANCE[next(policy.model.parameters()).dtype]:
+        kind = policy.model.config.model_type  # type: ignore[union-attr]
+        raise ModelError(
+            f"models of type `{kind}` compute their logits in a way the packed training pass does not follow: "
+            f"log-probabilities differ by up to {gap:.3g}",
+            hint="model.path: choose a Llama, Qwen2, Qwen3, Mistral or Gemma3 model",
+        )
+
+
+def _two_completions(prompt: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> MicroBatch:
+    """Pack two completions of one prompt; all their tokens are trained."""
+    p, m, n = len(prompt), len(first), len(second)
+    count = m + n
+    return MicroBatch(
+        token_ids_T=torch.cat([prompt, first[:-1], second[:-1]]),
+        position_ids_T=torch.cat([torch.arange(p + m - 1), torch.arange(p, p + n - 1)]),
+        groups=(GroupSpan(0, p, (SequenceSpan(p, m - 1), SequenceSpan(p + m - 1, n - 1))),),
+        predictor_K=torch.cat(
+            [torch.arange(p - 1, p + m - 1), torch.tensor([p - 1]), torch.arange(p + m - 1, p + count - 2)]
+        ),
+        target_ids_K=torch.cat([first, second]),
+        sampler_logprobs_K=torch.zeros(count),
+        advantages_K=torch.zeros(count),
+        weights_K=torch.zeros(count),
+        sequence_K=torch.cat([torch.zeros(m, dtype=torch.int64), torch.ones(n, dtype=torch.int64)]),
+    )
 
 
 @contextmanager

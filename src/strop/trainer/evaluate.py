@@ -15,54 +15,86 @@ FULL_MARK = 1.0 - 1e-6
 """A completion is right when the first reward function gives at least this."""
 
 
+class UnscoredError(RewardError):
+    """Not one completion of an evaluation could be scored."""
+
+
+def finishing_order(scored: Sequence[ScoredRollout], requests: Sequence[Request]) -> list[int]:
+    """Return, for each request, the index into what came back in the order it finished."""
+    assert len(scored) == len(requests), f"{len(scored)} completions for {len(requests)} requests"
+    found = {(s.rollout.problem.id, s.rollout.sample_index): i for i, s in enumerate(scored)}
+    return [found[request.problem.id, request.sample_index] for request in requests]
+
+
 def in_order(scored: Sequence[ScoredRollout], requests: Sequence[Request]) -> list[ScoredRollout]:
     """Put what came back in the order it finished into the order it was asked for."""
-    place = {(id(r.problem), r.sample_index): i for i, r in enumerate(requests)}
-    assert len(scored) == len(requests), f"{len(scored)} completions for {len(requests)} requests"
-    return sorted(scored, key=lambda s: place[id(s.rollout.problem), s.rollout.sample_index])
+    return [scored[i] for i in finishing_order(scored, requests)]
 
 
-def evaluate(
-    parts: Parts, on_finished: Callable[[Rollout], None] = lambda rollout: None, tick: Callable[[], None] = lambda: None
-) -> EvalSummary | None:
-    """Sample k completions per held-out problem and score them; None when evaluation is off.
+def eval_requests(parts: Parts) -> tuple[Request, ...]:
+    """Return k requests per held-out problem; none when evaluation is off.
 
-    Seeds depend on the problem and the sample alone, so two evaluations of one run compare the same draws. pass@k is
-    the share of problems with at least one right completion among the k. An unscored completion counts neither way;
-    a problem with none scored is left out.
+    Seeds depend on the problem and the sample alone, so two evaluations of one run compare the same draws. Greedy
+    evaluation takes k = 1.
     """
     run = parts.config.run
     if run.eval_num_problems == 0:
+        return ()
+    return rollout_requests(
+        parts.task.held_out(run.eval_num_problems), num_samples(parts), run_seed=run.seed, step=0, purpose="eval"
+    )
+
+
+def num_samples(parts: Parts) -> int:
+    """Return k of pass@k."""
+    run = parts.config.run
+    return 1 if run.eval_temperature == 0 else run.eval_num_generations
+
+
+def evaluate(
+    parts: Parts,
+    on_finished: Callable[[Rollout], None] = lambda rollout: None,
+    tick: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> EvalSummary | None:
+    """Sample k completions per held-out problem and score them; None when evaluation is off or `stop` says so.
+
+    pass@k is the share of problems with at least one right completion among the k. An unscored completion counts
+    neither way; a problem with none scored is left out. Raises UnscoredError when nothing at all could be scored.
+    """
+    requests = eval_requests(parts)
+    if not requests:
         return None
-    problems = parts.task.held_out(run.eval_num_problems)
-    k = 1 if run.eval_temperature == 0 else run.eval_num_generations
-    requests = rollout_requests(problems, k, run_seed=run.seed, step=0, purpose="eval")
-    sampling = replace(parts.sampling, temperature=run.eval_temperature)
+    sampling = replace(parts.sampling, temperature=parts.config.run.eval_temperature)
 
     def progress(running: int, new_tokens: int) -> None:
         parts.pool.pump()
         tick()
 
-    def finished(rollouts: object) -> object:
-        for rollout in rollouts:  # type: ignore[attr-defined]
-            on_finished(rollout)
-            yield rollout
+    for rollout in parts.engine.generate(requests, sampling, policy_version=parts.weights.version, progress=progress):
+        if stop():
+            parts.pool.discard()
+            return None
+        parts.pool.submit(rollout)
+        on_finished(rollout)
+    return summarise(in_order(parts.pool.collect(), requests), num_samples(parts), verdict_name(parts))
 
-    stream = parts.engine.generate(requests, sampling, policy_version=parts.weights.version, progress=progress)
-    scored = in_order(parts.pool.score(finished(stream)), requests)  # type: ignore[arg-type]
-    return summarise(scored, k)
+
+def verdict_name(parts: Parts) -> str:
+    """Return the reward function whose full mark means right: the first one that has a weight."""
+    return next(name for name, weight in zip(parts.pool.names, parts.pool.weights, strict=True) if weight != 0)
 
 
-def summarise(scored_N: Sequence[ScoredRollout], k: int) -> EvalSummary:
-    """Return pass@1 and pass@k of groups of k. Raises RewardError when nothing at all was scored."""
-    verdicts = [[correct(s) for s in scored_N[i : i + k]] for i in range(0, len(scored_N), k)]
+def summarise(scored_N: Sequence[ScoredRollout], k: int, verdict: str | None = None) -> EvalSummary:
+    """Return pass@1 and pass@k of groups of k. Raises UnscoredError when nothing at all was scored."""
+    verdicts = [[correct(s, verdict) for s in scored_N[i : i + k]] for i in range(0, len(scored_N), k)]
     known = [[v for v in group if v is not None] for group in verdicts]
     known = [group for group in known if group]
     if not known:
         failures = next((f"{n}: {r}" for s in scored_N for n, r in s.failures.items()), "no function applies")
-        raise RewardError(
+        raise UnscoredError(
             f"not one of {len(scored_N)} completions of the evaluation could be scored ({failures})",
-            hint="rewards.funcs: see `strop rewards check CONFIG`, or rewards.timeout_s if it ran out of time",
+            hint="rewards.funcs: mend the function; or rewards.timeout_s, if it ran out of time",
         )
     flat = [v for group in known for v in group]
     return EvalSummary(
@@ -70,7 +102,7 @@ def summarise(scored_N: Sequence[ScoredRollout], k: int) -> EvalSummary:
     )
 
 
-def correct(scored: ScoredRollout) -> bool | None:
-    """Whether the first reward function, the verdict, gives its full mark; None when it gave no value."""
-    value = next(iter(scored.scores.values()))
+def correct(scored: ScoredRollout, verdict: str | None = None) -> bool | None:
+    """Whether the verdict function (default: the first) gives its full mark; None when it gave no value."""
+    value = scored.scores[verdict] if verdict is not None else next(iter(scored.scores.values()))
     return None if value is None else value >= FULL_MARK

@@ -12,7 +12,7 @@ from ..monitor.progress import Progress
 from ..monitor.summary import EvalSummary
 from ..policy.optim import MasterAdamW
 from .checkpoint import Checkpoint, read_latest
-from .evaluate import evaluate
+from .evaluate import eval_requests, evaluate
 from .parts import build, make_pool, prepare
 from .session import OPTIMIZER_FILE
 
@@ -31,10 +31,8 @@ def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
             optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
             parts.weights.publish()
             progress.say(f"evaluating {checkpoint.path}")
-        with progress.phase("evaluate", total=config.run.eval_num_problems * config.run.eval_num_generations):
-            result = evaluate(
-                parts, lambda rollout: progress.advance(1, tokens=rollout.num_completion_tokens), progress.tick
-            )
+        with progress.phase("evaluate", total=len(eval_requests(parts))):
+            result = evaluate(parts, lambda rollout: progress.advance(), progress.tick)
     if result is None:
         raise ConfigError(
             "run.eval_num_problems is 0, so there is nothing to evaluate", hint="run.eval_num_problems: set it"

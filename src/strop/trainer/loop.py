@@ -5,34 +5,44 @@ Problem -> Request -> Rollout -> ScoredRollout -> Sample -> MicroBatch -> StepSt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..config_load import load_config
+from ..errors import DivergenceError
 from ..objective.packing import pack
 from ..objective.samples import make_samples
 from ..objective.schedule import learning_rate
 from ..seeding import rollout_requests
-from ..types import Request, Rollout
-from .evaluate import in_order
+from ..types import Request
+from .evaluate import finishing_order
 from .session import Session, open_session
 from .update import update
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, *, out: str | Path, resume: bool = False) -> dict[str, Any]:
-    """Train a run in the folder `out` and return the content of its summary.json.
+def train(
+    config: Config | Mapping[str, Any] | str | Path, *, out: str | Path | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Train a run and return the content of its summary.json.
 
-    `config` is a Config, a mapping or a YAML file. With `resume` the newest checkpoint in `out` is continued. Raises
-    a StropError with a hint for anything that the user can change.
+    `config` is a Config, a mapping or a YAML file; `out` the run folder (default: `run.out`, else runs/NAME of the
+    file, else runs/run). With `resume` the newest checkpoint in it is continued. Raises a StropError with a hint for
+    anything that the user can change.
     """
     checked = load_config(config)
-    with open_session(checked, Path(out), resume=resume) as session:
+    name = Path(config).stem if isinstance(config, str | Path) else "run"
+    folder = Path(out or checked.run.out or Path("runs") / name)
+    with open_session(checked, folder, resume=resume) as session:
         session.evaluate_before()
-        while session.state.step < checked.run.max_steps and not session.interrupt.requested:
-            train_step(session)
-            session.checkpoint_if_due()
+        try:
+            while session.state.step < checked.run.max_steps and not session.interrupt.requested:
+                train_step(session)
+                session.checkpoint_if_due()
+        except DivergenceError:
+            session.summarise("diverged", None)
+            raise
         return session.finish()
 
 
@@ -44,9 +54,12 @@ def train_step(session: Session) -> None:
     problems_P = parts.task.batch(step, config.rollout.num_prompts)
     requests_N = rollout_requests(problems_P, groups, run_seed=config.run.seed, step=step)
     with session.phase("generate", len(requests_N)):
-        rollouts = list(_scored_meanwhile(session, requests_N))
-    with session.phase("score", len(rollouts)):
-        scored_N = in_order(parts.pool.collect(), requests_N)
+        _generate_and_submit(session, requests_N)
+    with session.phase("score", len(requests_N)):
+        finished = parts.pool.collect()
+        order = finishing_order(finished, requests_N)
+        scored_N = [finished[i] for i in order]
+        extras = {name: [column[i] for i in order] for name, column in parts.pool.take_extras().items()}
     with session.phase("pack"):
         batch = make_samples(
             scored_N,
@@ -68,18 +81,17 @@ def train_step(session: Session) -> None:
         parts.engine.restore_memory()
     with session.phase("publish"):
         parts.weights.publish()
-    session.record(scored_N, batch, stats)
+    session.record(scored_N, batch, stats, extras)
 
 
-def _scored_meanwhile(session: Session, requests_N: tuple[Request, ...]) -> Iterator[Rollout]:
+def _generate_and_submit(session: Session, requests_N: tuple[Request, ...]) -> None:
     """Hand each completion to the reward workers as it finishes, while others still decode."""
     parts = session.parts
     for rollout in parts.engine.generate(
         requests_N, parts.sampling, policy_version=parts.weights.version, progress=session.on_engine_step
     ):
         parts.pool.submit(rollout, global_step=session.state.step)
-        session.on_finished(rollout)
-        yield rollout
+        session.progress.advance(1, tokens=rollout.num_completion_tokens)
 
 
 def _learning_rate(config: Config, step: int) -> float:

@@ -97,7 +97,7 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
     import torch
 
     from ..policy import lora
-    from ..policy.policy import Policy
+    from ..policy.policy import Policy, check_packed_forward
     from ..weights import SharedWeights
 
     config, plan = prepared.config, prepared.plan
@@ -116,6 +116,7 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
         policy = Policy(model, config.rollout.temperature, adapters)
         if config.objective.beta > 0 and (not adapters or config.lora.init_from):
             policy.freeze_reference()
+        check_packed_forward(policy)
         weights = SharedWeights(policy, engine)
         yield Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool)
 
@@ -160,4 +161,12 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
         lora.find_targets(model, config.lora.target_modules)
     engine = VllmEngine(settings, decode, device=plan.device)
     alias_parameters(model, engine)
+    move_buffers(model, torch.device(plan.device))
     return model, engine
+
+
+def move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Move what is computed rather than loaded (rotary frequencies); parameters stay the engine's own storage."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

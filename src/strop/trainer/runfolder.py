@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from ..config import Config
-from ..config_load import differences, dump_config, load_config
+from ..config_load import differences, dump_config, load_config, with_absolute_paths
 from ..errors import ConfigError, RunError
 from ..monitor.files import is_leftover, reason_of, to_json, write_atomically
 from .checkpoint import clean_leftovers, find_checkpoints
@@ -106,6 +106,8 @@ class RunFolder:
 def open_run_folder(path: Path, config: Config, *, resume: bool) -> RunFolder:
     """Create or reopen the folder of a run, lock it, remove leftovers of killed processes and store the config.
 
+    The stored config has absolute paths, so that it can be used from any current directory.
+
     A folder in which nothing was trained yet (the run failed while it started) is used again with any config.
     Raises RunError when another process holds it, when it holds a run and `resume` is off, when `resume` is on and the
     settings differ in more than `MAY_CHANGE`, or when it cannot be written.
@@ -113,6 +115,13 @@ def open_run_folder(path: Path, config: Config, *, resume: bool) -> RunFolder:
     path = _checked(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+        raise RunError(
+            f"run folder {path} cannot be used: {there} is {'a file' if there.is_file() else 'no folder'}, a folder is "
+            "needed",
+            hint="give another folder with --out or run.out",
+        ) from e
     except OSError as e:
         raise _unusable(path, e) from e
     lock = RunLock(path)
@@ -125,8 +134,9 @@ def open_run_folder(path: Path, config: Config, *, resume: bool) -> RunFolder:
                 f"run folder {path} is not empty: it holds {_shortened(entries)}",
                 hint="add --resume to go on with that run, or give another folder with --out",
             )
-        notices = _resume_notices(path, config, entries, started) if resume else ()
-        _write(path / _CONFIG, dump_config(config))
+        lasting = with_absolute_paths(config)
+        notices = _resume_notices(path, lasting, entries, started) if resume else ()
+        _write(path / _CONFIG, dump_config(lasting))
     except OSError as e:
         lock.release()
         raise _unusable(path, e) from e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,43 +20,16 @@ from ..monitor.trackers import Trackers
 from ..objective.samples import SampleBatch
 from ..policy import lora
 from ..policy.optim import MasterAdamW
-from ..types import Metric, Rollout, ScoredRollout, StepStats, merge_metrics
+from ..types import Metric, ScoredRollout, StepStats, merge_metrics
 from .checkpoint import Checkpoint, read_latest, write_checkpoint
-from .evaluate import correct, evaluate
+from .evaluate import UnscoredError, correct, eval_requests, evaluate, num_samples, verdict_name
 from .interrupt import Interrupt
 from .parts import Parts, build, make_pool, prepare
 from .runfolder import RunFolder, open_run_folder
+from .state import RunState
 
 MAX_NONFINITE_STEPS = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
-
-
-@dataclass(slots=True)
-class RunState:
-    """What a checkpoint keeps beside weights and optimizer."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included: the next step's number."""
-    nonfinite_steps: int = 0
-    """Skipped in a row because loss or gradient was not finite."""
-    seconds: float = 0.0
-    """Wall time of all processes of this run."""
-    reward: float | None = None
-    eval_before: EvalSummary | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        before = self.eval_before.to_dict() if self.eval_before else None
-        return {
-            "step": self.step, "nonfinite_steps": self.nonfinite_steps, "seconds": self.seconds,
-            "reward": self.reward, "eval_before": before,
-        }  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> RunState:
-        """Inverse of `as_dict`."""
-        before = EvalSummary.from_dict(stored["eval_before"]) if stored["eval_before"] else None
-        return cls(stored["step"], stored["nonfinite_steps"], stored["seconds"], stored["reward"], before)
 
 
 @dataclass(slots=True)
@@ -88,27 +61,39 @@ class Session:
             yield
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
 
-    def on_finished(self, rollout: Rollout) -> None:
-        """Count a finished completion in the live view."""
-        self.progress.advance(1, tokens=rollout.num_completion_tokens)
-
     def on_engine_step(self, running: int, new_tokens: int) -> None:
         """Keep the reward workers fed and the live view honest between decode steps."""
         self.parts.pool.pump()
         self.progress.tick()
 
     def evaluate(self) -> EvalSummary | None:
-        """Evaluate on held-out problems, with progress."""
-        total = self.config.run.eval_num_problems * self.config.run.eval_num_generations
-        with self.phase("evaluate", total):
-            return evaluate(self.parts, self.on_finished, self.progress.tick)
+        """Evaluate on held-out problems, with progress; None when evaluation is off or the user asked to stop."""
+        with self.phase("evaluate", len(eval_requests(self.parts))):
+            return evaluate(
+                self.parts,
+                lambda rollout: self.progress.advance(),
+                self.progress.tick,
+                lambda: self.interrupt.requested,
+            )
+
+    def evaluate_or_say(self) -> EvalSummary | None:
+        """Evaluate; when not one completion can be scored, say so and go on: a trained step is worth more."""
+        try:
+            return self.evaluate()
+        except UnscoredError as e:
+            self.progress.note(e.message)
+            return None
 
     def evaluate_before(self) -> None:
         """Measure the untrained policy once; a resumed run takes it from its state."""
+        wanted = self.config.run.eval_num_problems
+        there = len(eval_requests(self.parts)) // num_samples(self.parts)
+        if there < wanted:
+            self.progress.note(f"run.eval_num_problems is {wanted}; {there} held-out problems are there")
         if self.state.step == 0 and self.state.eval_before is None:
             self.state.eval_before = self.evaluate()
             if self.state.eval_before is not None:
-                self.progress.say(f"held out before training: {_shown(self.state.eval_before)}")
+                self.progress.say(f"held out before training: {shown(self.state.eval_before)}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -116,44 +101,61 @@ class Session:
         self.times.clear()
         self.step_started = time.perf_counter()
 
-    def record(self, scored_N: list[ScoredRollout], batch: SampleBatch, stats: StepStats) -> None:
+    def record(
+        self, scored_N: list[ScoredRollout], batch: SampleBatch, stats: StepStats, extras: Mapping[str, list[Any]]
+    ) -> None:
         """Write the finished step's metrics and rollouts, advance the step number and guard against divergence."""
-        step, config = self.state.step, self.config
-        verdicts = [v for s in scored_N if (v := correct(s)) is not None]
-        stepped = Metric(float(stats.stepped), kind="sum")
-        extra = {"accuracy": Metric(sum(verdicts), len(verdicts)), "optimizer_steps": stepped}
+        step, config, state = self.state.step, self.config, self.state
+        verdict = verdict_name(self.parts)
+        verdicts = [v for s in scored_N if (v := correct(s, verdict)) is not None]
+        extra = {
+            "accuracy": Metric(sum(verdicts), len(verdicts)),
+            "optimizer_steps": Metric(float(stats.stepped), kind="sum"),
+        }
         values = {name: m.value for name, m in merge_metrics([batch.metrics, stats.metrics, extra]).items()}
-        tokens = sum(s.rollout.num_completion_tokens for s in scored_N)
-        values["num_tokens"] = tokens
-        for name, logged in self.parts.pool.take_metrics().items():  # what reward functions gave to log_metric
-            values[name] = sum(logged) / len(logged)
-        self.state.step = step + 1
-        self.state.reward = values["reward"] if math.isfinite(values["reward"]) else None
-        diverged = not stats.stepped and "grad_norm" in stats.metrics
-        self.state.nonfinite_steps = self.state.nonfinite_steps + 1 if diverged else 0
-        values["nonfinite_steps"] = self.state.nonfinite_steps
-        if (
-            config.run.eval_steps
-            and self.state.step % config.run.eval_steps == 0
-            and self.state.step < config.run.max_steps
-        ):
-            result = self.evaluate()
+        state.step = step + 1
+        state.num_tokens += sum(len(seg.token_ids) for s in scored_N for seg in s.rollout.segments)
+        state.reward = values["reward"] if math.isfinite(values["reward"]) else None
+        if _is_nonfinite(scored_N, stats):
+            state.nonfinite_steps += 1
+        elif stats.stepped:  # a step without signal says nothing, so it leaves the count alone
+            state.nonfinite_steps = 0
+        values |= {"num_tokens": state.num_tokens, "nonfinite_steps": state.nonfinite_steps}
+        values |= self._logged_by_rewards(values)
+        if config.run.eval_steps and state.step % config.run.eval_steps == 0 and state.step < config.run.max_steps:
+            result = self.evaluate_or_say()
             if result is not None:
                 values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
-        values |= self._timings(tokens, values.get("num_trained_tokens", 0))
+                self.progress.say(f"held out after step {state.step}: {shown(result)}")
+        generated = sum(s.rollout.num_completion_tokens for s in scored_N)
+        values |= self._timings(generated, values.get("num_trained_tokens", 0))
         self.metrics.write(step, values)
         self.trackers.log(step, values)
         if config.run.rollout_steps and step % config.run.rollout_steps == 0:
-            self.rollouts.write(step, scored_N, batch.advantages_N)
-        self.progress.step_done(step + 1, config.run.max_steps, values)
+            self.rollouts.write(step, scored_N, batch.advantages_N, extras)
+        self._tell(step, values, scored_N, stats)
+
+    def _logged_by_rewards(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return what reward functions gave to `log_metric`; a name of ours is not overwritten but moved aside."""
+        logged = {}
+        for name, numbers in self.parts.pool.take_metrics().items():
+            logged[f"logged/{name}" if name in values else name] = sum(numbers) / len(numbers)
+        return logged
+
+    def _tell(self, step: int, values: Mapping[str, float], scored_N: list[ScoredRollout], stats: StepStats) -> None:
+        """Show the step, and what went wrong in it; stop a run that has diverged."""
+        self.progress.step_done(step + 1, self.config.run.max_steps, values)
         if not stats.stepped:
             self.progress.note(f"step {step + 1}: no optimizer step was made: {stats.skipped_reason}")
+        weights = dict(zip(self.parts.pool.names, self.parts.pool.weights, strict=True))
         for name, reason in sorted({(n, r) for s in scored_N for n, r in s.failures.items()})[:2]:
-            self.progress.note(f"step {step + 1}: reward `{name}` left completions unscored: {reason}")
+            effect = "gave no value" if weights.get(name) == 0 else "left completions unscored"
+            self.progress.note(f"step {step + 1}: reward `{name}` {effect}: {reason}")
         if self.state.nonfinite_steps >= MAX_NONFINITE_STEPS:
+            kept = f"checkpoint-{self.saved_step} is kept" if self.saved_step >= 0 else "no checkpoint was written yet"
             raise DivergenceError(
-                f"loss or gradient was not finite {MAX_NONFINITE_STEPS} steps in a row, last at step {step + 1}; "
-                f"the checkpoint of step {max(0, self.saved_step)} is kept",
+                f"log-probabilities, loss or gradient were not finite in {MAX_NONFINITE_STEPS} steps in a row, "
+                f"last at step {step + 1}; {kept}",
                 hint="optim.learning_rate: lower it; then start again with --out ANOTHER_FOLDER",
             )
 
@@ -173,27 +175,34 @@ class Session:
         }
 
     def checkpoint_if_due(self) -> None:
-        """Write a checkpoint every `save_steps`, at the end, and when the user asked to stop."""
+        """Write a checkpoint every `save_steps` and at the end."""
         step, run = self.state.step, self.config.run
-        if step % run.save_steps == 0 or step >= run.max_steps or self.interrupt.requested:
+        if step % run.save_steps == 0 or step >= run.max_steps:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; nothing happens when there is one."""
-        if self.saved_step == self.state.step:
+        """Write a checkpoint of the present step, unless there is one or the last step was not finite.
+
+        Writing one then would push the last good one out.
+        """
+        if self.saved_step == self.state.step or self.state.nonfinite_steps:
             return
         with self.progress.phase("checkpoint"):
             state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
             write_checkpoint(
-                self.folder.path, self.state.step, tensors={OPTIMIZER_FILE: self.optimizer.state_dict()}, state=state,
-                extra=self._export, keep=self.config.run.save_total_limit,
-            )  # fmt: skip
+                self.folder.path,
+                self.state.step,
+                tensors={OPTIMIZER_FILE: self.optimizer.state_dict()},
+                state=state,
+                extra=self._export,
+                keep=self.config.run.save_total_limit,
+            )
         self.saved_step = self.state.step
 
     def _export(self, folder: Path) -> None:
         """Write what other tools load: a PEFT adapter, or a whole model folder."""
         if self.parts.policy.adapters:
-            lora.save_adapter(self.parts.policy.adapters, folder, base_model=self.config.model.path)
+            lora.save_adapter(self.parts.policy.adapters, folder, base_model=self.parts.source.path)
         else:
             from ..policy.export import save_model
 
@@ -203,24 +212,39 @@ class Session:
         """Return the wall time of this run so far, over all its processes."""
         return self.state.seconds + time.monotonic() - self.started
 
-    def say_dropped(self) -> None:
-        """Name the problems that were left out, once they are known."""
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the trained policy, or keep what there is when the user stopped; write and return the summary."""
         for reason, count in self.parts.task.dropped.items():
             self.progress.note(f"{count} problems were left out: {reason}")
+        after = None
+        if not self.interrupt.requested:
+            after = self.evaluate_or_say()
+            if after is not None:
+                self.progress.say(f"held out after training: {shown(after)}")
+        if self.state.step < self.config.run.max_steps:
+            self.save()
+            return self.summarise("interrupted", None)
+        return self.summarise("finished", after)
 
-    def finish(self) -> dict[str, Any]:
-        """Evaluate the trained policy, write summary.json and return it."""
-        stopped: StopReason = "interrupted" if self.state.step < self.config.run.max_steps else "finished"
-        after = self.evaluate() if stopped == "finished" else None
+    def summarise(self, stopped: StopReason, after: EvalSummary | None) -> dict[str, Any]:
+        """Write summary.json and return it."""
         summary = build_summary(
-            steps=self.state.step, seconds=self.seconds(), stopped=stopped, reward=self.state.reward,
-            eval_before=self.state.eval_before, eval_after=after,
-        )  # fmt: skip
+            steps=self.state.step,
+            seconds=self.seconds(),
+            stopped=stopped,
+            reward=self.state.reward,
+            eval_before=self.state.eval_before,
+            eval_after=after,
+        )
         self.folder.write_json("summary.json", summary)
-        self.say_dropped()
-        if after is not None:
-            self.progress.say(f"held out after training: {_shown(after)}")
         return summary
+
+
+def _is_nonfinite(scored_N: list[ScoredRollout], stats: StepStats) -> bool:
+    """Whether the gradient was not finite, or the policy gives what it samples no finite log-probability any more."""
+    if not stats.stepped and "grad_norm" in stats.metrics:
+        return True
+    return not all(math.isfinite(x) for s in scored_N for seg in s.rollout.segments for x in seg.logprobs or ())
 
 
 @contextmanager
@@ -249,6 +273,7 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
                 weight_decay=optim.weight_decay,
             )  # fmt: skip
             state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
+            pool.wait_ready()
             last_step = state.step - 1 if resume else None
             metrics = stack.enter_context(MetricsLog(folder.metrics_path, resume_step=last_step))
             rollouts = RolloutStore(folder.rollouts_path)
@@ -257,7 +282,6 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
             stack.callback(trackers.close)
             progress.start_at(state.step, config.run.max_steps)
-            pool.wait_ready()
         yield Session(
             config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, state,
             saved_step=checkpoint.step if checkpoint else -1, started=started,
@@ -279,7 +303,8 @@ def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: MasterAdamW, progr
     return state
 
 
-def _shown(result: EvalSummary) -> str:
+def shown(result: EvalSummary) -> str:
+    """Return pass@1 and pass@k in words."""
     text = f"pass@1 {result.pass_at_1:.1%}"
     text += f", pass@{result.k} {result.pass_at_k:.1%}" if result.k > 1 else ""
     return f"{text} on {result.problems} problems"
