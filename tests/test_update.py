@@ -33,7 +33,7 @@ def new_policy() -> Policy:
 
 @functools.cache
 def new_samples() -> tuple[Sample, ...]:
-    """Samples whose sampler is off by up to 1.2 in log-probability, so that a correction of either side of 1 matters."""
+    """Samples whose sampler is off by up to 1.2 in log-probability: corrections on either side of 1."""
     policy, draw = new_policy(), random.Random(1)
     samples = random_samples(0, vocab=127, prompts=[9, 4, 13], lengths=[[6, 1, 8], [5, 12], [3, 7]], weight=0.02)
     result = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -28,4 +29,15 @@ def detect_machine() -> Machine:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return Machine("cuda", torch.cuda.get_device_name(), cores, free, torch.cuda.is_bf16_supported())
-    return Machine("cpu", f"CPU with {cores} cores", cores, psutil.virtual_memory().available, True)
+    available = min(psutil.virtual_memory().available, _container_memory())
+    return Machine("cpu", f"CPU with {cores} cores", cores, available, True)
+
+
+def _container_memory() -> int:
+    """Return what the container's limit leaves free, in bytes; without a limit, more than any machine has."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return 2**63
+    return 2**63 if limit == "max" else max(0, int(limit) - int(used))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from .shapes import BYTES, GIB, ModelShape
 CPU_BLOCK_SIZE = 32
 """vLLM's default of 128 tokens per block on a CPU would never cache the short prompts of a small run."""
 MIN_BATCHED_TOKENS = 8192
+KEPT = "as the run began, so that it goes on bit-equal"
 MAX_CPU_MICRO_BATCH_TOKENS = 8192
 MAX_MICRO_BATCH_TOKENS = 32768
 CUDA_CONTEXT_BYTES = int(0.7 * GIB)
@@ -69,9 +70,22 @@ class Plan:
         return {"device": self.device, **{name: getattr(self, name) for name in names}}
 
 
-def make_plan(config: Config, shape: ModelShape, machine: Machine, *, engine: str, engine_reason: str) -> Plan:
-    """Derive the plan. Raises PlanError naming the cheapest change when the run cannot fit."""
+def make_plan(
+    config: Config,
+    shape: ModelShape,
+    machine: Machine,
+    *,
+    engine: str,
+    engine_reason: str,
+    kept: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Derive the plan. Raises PlanError naming the cheapest change when the run cannot fit.
+
+    `kept` is the `promise` of a run that is resumed: its numbers are taken again where they still fit, since what is
+    free now decides them otherwise, and results depend on them.
+    """
     items: list[PlanItem] = []
+    kept = kept if kept is not None and kept.get("device") == machine.device else {}
 
     def add(name: str, value: Any, reason: str) -> Any:
         items.append(PlanItem(name, value, reason))
@@ -80,10 +94,10 @@ def make_plan(config: Config, shape: ModelShape, machine: Machine, *, engine: st
     add("device", machine.device, machine.name)
     dtype = add("dtype", *_dtype(config, machine))
     add("engine", engine, engine_reason)
-    threads = add("threads", *_threads(config, machine))
+    threads = add("threads", *_threads(config, machine, kept))
     max_len = add("max_model_len", *_max_model_len(config, shape))
     budget = _memory_budget(config, machine)
-    add("memory_gib", round(budget / GIB, 2), "run.vram_gib" if config.run.vram_gib else "what is free now")
+    add("memory_gib", round(budget / GIB, 2), _memory_reason(config, machine))
     fixed = _fixed_bytes(config, shape, dtype)
     add("weights_gib", round(fixed / GIB, 3), _fixed_reason(config, dtype))
     if machine.device == "cuda":
@@ -92,12 +106,14 @@ def make_plan(config: Config, shape: ModelShape, machine: Machine, *, engine: st
             "overhead_gib", round(overhead / GIB, 2), "CUDA context, the engine's graphs and buffers, a chunk of logits"
         )
         fixed += overhead
-    seqs, kv_bytes, reason = _kv_cache(config, shape, dtype, budget - fixed, max_len)
+    seqs, kv_bytes, reason = _kv_cache(config, shape, dtype, budget - fixed, max_len, kept)
     add("max_num_seqs", seqs, reason)
     add("kv_cache_gib", round(kv_bytes / GIB, 4), f"{seqs} sequences of {max_len} tokens in whole blocks")
     batched = max(MIN_BATCHED_TOKENS, max_len)
     add("max_num_batched_tokens", batched, "prompt tokens of one engine step; at least one whole sequence")
-    micro = add("micro_batch_tokens", *_micro_batch(config, shape, dtype, machine, budget - fixed - kv_bytes, max_len))
+    micro = add(
+        "micro_batch_tokens", *_micro_batch(config, shape, dtype, machine, budget - fixed - kv_bytes, max_len, kept)
+    )
     if config.objective.beta > 0:
         add("reference", *_reference(config, shape, dtype))
     sharing = "once per group" if config.optim.share_prompt else "repeated"
@@ -117,9 +133,11 @@ def _dtype(config: Config, machine: Machine) -> tuple[str, str]:
     return ("bfloat16", "supported by the card") if machine.supports_bf16 else ("float16", "the card has no bfloat16")
 
 
-def _threads(config: Config, machine: Machine) -> tuple[int, str]:
+def _threads(config: Config, machine: Machine, kept: Mapping[str, Any]) -> tuple[int, str]:
     if config.run.threads:
         return config.run.threads, "run.threads"
+    if kept.get("threads", 0) in range(1, machine.num_cores + 1):
+        return kept["threads"], KEPT
     if machine.num_cores <= 2:
         return 1, "with two cores a second thread waits more than it works; the other core scores rewards"
     return max(1, machine.num_cores // 2), f"half of {machine.num_cores} cores; fixed, since results depend on it"
@@ -133,9 +151,13 @@ def _max_model_len(config: Config, shape: ModelShape) -> tuple[int, str]:
             f"task.max_prompt_length {config.task.max_prompt_length} and rollout.max_completion_length "
             f"{config.rollout.max_completion_length} make {length} tokens, the model has {shape.max_positions} "
             "positions",
-            hint=f"rollout.max_completion_length: at most {max(1, shape.max_positions - prompt)}",
+            hint=f"rollout.max_completion_length or task.max_prompt_length: together at most {shape.max_positions}",
         )
     return length, "task.max_prompt_length + rollout.max_completion_length"
+
+
+def _memory_reason(config: Config, machine: Machine) -> str:
+    return "run.vram_gib" if machine.device == "cuda" and config.run.vram_gib else "what is free now"
 
 
 def _memory_budget(config: Config, machine: Machine) -> int:
@@ -172,7 +194,9 @@ def _fixed_reason(config: Config, dtype: str) -> str:
     return f"all weights once in {dtype}{masters}, gradients, AdamW's moments"
 
 
-def _kv_cache(config: Config, shape: ModelShape, dtype: str, free: int, max_len: int) -> tuple[int, int, str]:
+def _kv_cache(
+    config: Config, shape: ModelShape, dtype: str, free: int, max_len: int, kept: Mapping[str, Any]
+) -> tuple[int, int, str]:
     block = CPU_BLOCK_SIZE
     per_sequence = -(-max_len // block) * block * shape.kv_bytes_per_token(dtype)
     wanted = config.rollout.num_prompts * config.rollout.num_generations
@@ -184,6 +208,8 @@ def _kv_cache(config: Config, shape: ModelShape, dtype: str, free: int, max_len:
             f"the model and one sequence of {max_len} tokens need {need:.1f} GiB more than there is",
             hint="rollout.max_completion_length: shorten it; or choose a smaller model.path",
         )
+    if 0 < kept.get("kv_cache_bytes", 0) <= free and 0 < kept.get("max_num_seqs", 0) <= wanted:
+        return kept["max_num_seqs"], kept["kv_cache_bytes"], KEPT
     seqs = min(wanted, fits)
     reason = "all completions of a step at once" if seqs == wanted else f"memory for {fits} of {wanted} completions"
     spare = block * shape.kv_bytes_per_token(dtype) * 2  # vLLM keeps a null block; one more against rounding
@@ -191,7 +217,13 @@ def _kv_cache(config: Config, shape: ModelShape, dtype: str, free: int, max_len:
 
 
 def _micro_batch(
-    config: Config, shape: ModelShape, dtype: str, machine: Machine, free: int, max_len: int
+    config: Config,
+    shape: ModelShape,
+    dtype: str,
+    machine: Machine,
+    free: int,
+    max_len: int,
+    kept: Mapping[str, Any],
 ) -> tuple[int, str]:
     pinned = config.optim.micro_batch_tokens
     if pinned is not None:
@@ -210,6 +242,8 @@ def _micro_batch(
             f"{max(0, free) / GIB:.1f} GiB are left",
             hint="rollout.max_completion_length: shorten it; or choose a smaller model.path",
         )
+    if max_len <= kept.get("micro_batch_tokens", 0) <= free // per_token:
+        return kept["micro_batch_tokens"], KEPT
     if fits < cap:
         return fits, f"activations of {per_token / 1024:.0f} KiB per token in what is left"
     return max(cap, max_len), "large enough to keep the device busy, small enough to stay in its caches"

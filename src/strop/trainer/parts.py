@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..engine.base import Engine, EngineSettings
 from ..engine.select import resolve_engine
+from ..errors import ConfigError
 from ..memory.machine import detect_machine
 from ..memory.plan import Plan, make_plan
 from ..memory.shapes import ModelShape
@@ -67,8 +68,11 @@ def model_path(config: Config) -> str:
     return str(demo.model_path())
 
 
-def prepare(config: Config) -> Prepared:
-    """Open model and task and derive the plan. Raises a StropError when they do not fit together or the machine."""
+def prepare(config: Config, kept: Mapping[str, Any] | None = None) -> Prepared:
+    """Open model and task and derive the plan. Raises a StropError when they do not fit together or the machine.
+
+    `kept` are the planned numbers of the run that is resumed (`Plan.promise`).
+    """
     from ..policy.load import open_model
     from ..policy.lora import check_adapter_folder
 
@@ -79,7 +83,13 @@ def prepare(config: Config) -> Prepared:
     task = build_task(config.task, renderer, seed=config.run.seed, eval_size=config.task.eval_size)
     engine, reason = resolve_engine(config.model.engine)
     shape = ModelShape.from_config(source.config)
-    plan = make_plan(config, shape, detect_machine(), engine=engine, engine_reason=reason)
+    plan = make_plan(config, shape, detect_machine(), engine=engine, engine_reason=reason, kept=kept)
+    available = task.num_problems
+    if available is not None and config.rollout.num_prompts > available:
+        raise ConfigError(
+            f"rollout.num_prompts is {config.rollout.num_prompts}, the task has {available} problems",
+            hint=f"rollout.num_prompts: at most {available}, or give the task more problems",
+        )
     return Prepared(config, source, task, plan)
 
 

@@ -259,7 +259,7 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             progress.note(notice)
         with progress.phase("start"):
             checkpoint = read_latest(folder.path) if resume else None
-            prepared = prepare(config)
+            prepared = prepare(config, checkpoint.state["promise"] if checkpoint else None)
             for line in prepared.plan.lines():
                 progress.say(line)
             folder.write_json("plan.json", prepared.plan.as_dict())
