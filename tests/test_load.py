@@ -125,7 +125,7 @@ def test_weights_in_several_files(folder: Path) -> None:
 def test_weights_damaged_after_they_were_checked(folder: Path) -> None:
     source = open_model(str(folder))
     halved("model.safetensors")(folder)
-    with pytest.raises(ModelError, match="cannot be loaded: .*not fully covered") as caught:
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*not fully covered") as caught:
         load_weights(source, torch.float32, torch.device("cpu"))
     assert "download" in caught.value.hint
 

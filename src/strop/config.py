@@ -6,14 +6,14 @@ numbers that follow from it and from the machine live in the `Plan`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _as_tuple(value: Any) -> Any:
     """A list as YAML and JSON know it."""
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _names_as_tuple(value: Any) -> Any:
@@ -255,8 +255,8 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if self.rewards.weights and not self.rewards.funcs:
             raise ValueError(
-                "rewards.weights is given while rewards.funcs is empty; the functions that the weights belong to have to "
-                "be named in rewards.funcs, the task's own as well"
+                "rewards.weights is given while rewards.funcs is empty; the functions that the weights belong to have "
+                "to be named in rewards.funcs, the task's own as well"
             )
         if self.rewards.weights and len(self.rewards.weights) != len(self.rewards.funcs):
             raise ValueError(

@@ -17,14 +17,14 @@ MIN_BATCHED_TOKENS = 8192
 KEPT = "as the run began, so that it goes on bit-equal"
 MAX_CPU_MICRO_BATCH_TOKENS = 8192
 MAX_MICRO_BATCH_TOKENS = 32768
-CUDA_CONTEXT_BYTES = int(0.7 * GIB)
+CUDA_CONTEXT_BYTES = int(0.8 * GIB)
 CUDA_ENGINE_BYTES = 1 * GIB
 """vLLM's graphs, its buffers and the workspace of its largest step."""
 LOGIT_ROWS = 1024
 """Rows of logits that training holds at a time (policy/logprobs.py) ..."""
-LOGIT_COPIES = 5
+LOGIT_COPIES = 4
 """... and how many fp32 tensors of that size exist at its peak."""
-ACTIVATION_FACTOR = {"cpu": 2.0, "cuda": 1.25}
+ACTIVATION_FACTOR = {"cpu": 2.0, "cuda": 1.1}
 """Training's peak over what autograd keeps: the gradients of a layer, and on a CPU the padded attention of a batch."""
 
 

@@ -207,12 +207,13 @@ def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device) 
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise ModelError(f"weights of `{source.path}` cannot be loaded: {_reason(e)}", hint=_AGAIN) from e
+    model, report = loaded
     # transformers would go on with random values for either.
     wrong = sorted(f"{name} {tuple(stored)} != {tuple(ours)}" for name, stored, ours in report["mismatched_keys"])
     wrong += sorted(f"{name} is missing" for name in report["missing_keys"])
