@@ -259,6 +259,9 @@ def test_the_reference_of_the_kl_term_is_the_policy_at_step_0(kind: str, tmp_pat
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert first["kl"] == pytest.approx(0, abs=1e-9)
     assert second["kl"] > 1e-5
+    texts = [row["completion"] for row in rollouts(tmp_path / "run", 0)]
+    untouched = [s.rollout.text for s in plain_step().scored]
+    assert (texts == untouched) == (kind != "lora-from-adapter")
     if kind != "full":
         saved = json.loads((tmp_path / "run" / "checkpoint-2" / "adapter_config.json").read_text())
         assert (saved["r"], saved["lora_alpha"]) == (4, 8)
@@ -318,17 +321,18 @@ def test_three_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_wei
     assert all(torch.equal(good[name], latest[name]) and bool(torch.isfinite(good[name]).all()) for name in good)
 
 
-def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint_and_says_when_the_plan_changed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("planned", "fits"), [(4321, True), (10**15, False)])
+def test_a_resumed_run_goes_on_with_weights_and_plan_and_drops_what_lies_beyond_its_checkpoint(
+    planned: int, fits: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     train(config(run={"max_steps": 2}), out=out)
     stray = out / "rollouts" / "step_00007.parquet"
     shutil.copy(out / "rollouts" / "step_00001.parquet", stray)
-    # A checkpoint of a machine whose memory gave another plan: the same, but for one planned number.
+    # The same checkpoint as it would be from a machine whose memory gave one number of the plan another value.
     old = read_latest(out)
     assert old is not None
-    state = {**old.state, "promise": {**old.state["promise"], "micro_batch_tokens": 4321}}
+    state = {**old.state, "promise": {**old.state["promise"], "micro_batch_tokens": planned}}
     tensors = {OPTIMIZER: old.tensors(OPTIMIZER)}
     shutil.rmtree(old.path)
     write_checkpoint(out, 2, tensors=tensors, state=state, keep=1)
@@ -338,10 +342,15 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint_and_says_when_the_p
 
     assert not stray.exists()
     assert sorted(p.name for p in (out / "rollouts").iterdir()) == [f"step_{i:05d}.parquet" for i in range(3)]
-    said = capsys.readouterr().out
-    line = next(text for text in said.splitlines() if "4321" in text)
-    assert "micro_batch_tokens" in line
-    assert "bit-equal" in line
+    plan = json.loads((out / "plan.json").read_text())
+    assert (plan["micro_batch_tokens"]["value"] == planned) == fits
+    notes = [line for line in capsys.readouterr().out.splitlines() if "not bit-equal" in line]
+    assert len(notes) == (0 if fits else 1)
+    assert all("micro_batch_tokens" in note and str(planned) in note for note in notes)
+    if fits:
+        train(config(run={"max_steps": 3}), out=tmp_path / "straight")
+        states = [read_checkpoint(run / "checkpoint-3").tensors(OPTIMIZER) for run in (out, tmp_path / "straight")]
+        assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])

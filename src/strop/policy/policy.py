@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -93,7 +94,8 @@ def check_packed_forward(policy: Policy) -> None:
     An architecture may scale its logits, add a bias to its head or use attention sinks; whatever the packed pass left
     out would train another policy than the one that samples. Raises ModelError with the largest difference.
     """
-    vocab = policy.model.config.vocab_size  # type: ignore[union-attr]
+    config: Any = policy.model.config
+    vocab: int = config.vocab_size
     ids = torch.arange(1, 25).mul(2654435761).remainder(min(vocab, 20_000))
     prompt, first, second = ids[:8], ids[8:17], ids[17:24]
     batch = _two_completions(prompt, first, second)
@@ -107,9 +109,8 @@ def check_packed_forward(policy: Policy) -> None:
             plain.append(logprobs.gather(1, completion[:, None]).squeeze(1))
     gap = float((packed_K - torch.cat(plain)).abs().max())
     if not gap <= CHECK_TOLERANCE[next(policy.model.parameters()).dtype]:
-        kind = policy.model.config.model_type  # type: ignore[union-attr]
         raise ModelError(
-            f"models of type `{kind}` compute their logits in a way the packed training pass does not follow: "
+            f"models of type `{config.model_type}` compute their logits in a way the packed training pass does not follow: "
             f"log-probabilities differ by up to {gap:.3g}",
             hint="model.path: choose a Llama, Qwen2, Qwen3, Mistral or Gemma3 model",
         )
