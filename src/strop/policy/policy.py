@@ -110,7 +110,7 @@ def check_packed_forward(policy: Policy) -> None:
     gap = float((packed_K - torch.cat(plain)).abs().max())
     if not gap <= CHECK_TOLERANCE[next(policy.model.parameters()).dtype]:
         raise ModelError(
-            f"models of type `{config.model_type}` compute their logits in a way the packed training pass does not follow: "
+            f"models of type `{config.model_type}` compute their logits in a way that the packed pass does not follow: "
             f"log-probabilities differ by up to {gap:.3g}",
             hint="model.path: choose a Llama, Qwen2, Qwen3, Mistral or Gemma3 model",
         )
