@@ -569,3 +569,11 @@ def test_a_sum_that_overflows_is_unscored() -> None:
 )
 def test_single_box_takes_exactly_one_box_with_content(text: str, expected: float) -> None:
     assert LIBRARY["single_box"](completions=[text]) == [expected]
+
+
+def test_a_value_whose_square_no_float_holds_is_unscored() -> None:
+    item = rollout()
+    huge = combine(item, ("a",), (2.0,), {"a": Outcome(9e99)})
+    assert huge.reward is None
+    assert huge.failures == {"weighted sum": "the weighted sum is 1.8e+100"}
+    assert combine(item, ("a",), (1.0,), {"a": Outcome(-9e99)}).reward == -9e99

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import RewardError
-from .combine import Outcome
+from .combine import LARGEST, Outcome
 
 RESERVED = ("prompts", "completions", "completion_ids", "prefill", "trainer_state", "log_extra", "log_metric")
 """Keywords that Strop gives to a function; a data set has no column of such a name."""
@@ -150,7 +150,7 @@ def check_returned(name: str, returned: Any) -> Outcome:
             "a number or None is needed",
             hint=f"return a list of float or None from `{name}`",
         )
-    return Outcome(number) if math.isfinite(number) else Outcome(None, f"returned {number}")
+    return Outcome(number) if abs(number) <= LARGEST else Outcome(None, f"returned {number:g}")
 
 
 def _as_float(value: Any) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..types import Rollout, ScoredRollout
+
+LARGEST = 1e100
+"""Rewards beyond plus or minus this count as failed: the squares of a deviation would leave the range of a float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ def combine(
     reward: float | None = None
     if terms and not any(name in failures for name, _ in weighted):
         reward = sum(terms)
-        if not math.isfinite(reward):
-            failures["weighted sum"] = f"the weighted sum is {reward}"
+        if not abs(reward) <= LARGEST:
+            failures["weighted sum"] = f"the weighted sum is {reward:g}"
             reward = None
     return ScoredRollout(rollout=rollout, reward=reward, scores=scores, failures=failures)
