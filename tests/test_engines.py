@@ -144,8 +144,8 @@ def test_finished_completions_stream_out_while_others_decode(any_rig: Rig) -> No
     requests = rollout_requests(problems(4), 4, run_seed=0, step=0)
     running_when_first = []
 
-    def progress(running: int, new_tokens: int) -> None:
-        running_when_first.append(running)
+    def progress(unfinished: int, running: int) -> None:
+        running_when_first.append(unfinished)
 
     stops = sampling(any_rig, 60)
     likely = Sampling(60, (*stops.stop_token_ids, *range(32, 90)), 1.0)  # ends after a token or a few

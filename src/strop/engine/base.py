@@ -23,8 +23,7 @@ class EngineSettings:
     max_num_seqs: int
     """Completions decoded at a time."""
     max_num_batched_tokens: int
-    """Tokens in one engine step; on a CPU it covers all prompts of a rollout, since seeded requests must not be
-    prefilled in chunks there."""
+    """Tokens in one engine step; at least one whole sequence, since prompts are not prefilled in pieces on a CPU."""
     kv_cache_bytes: int
     block_size: int | None
     """Tokens per KV block; None leaves it to the engine."""
@@ -55,8 +54,7 @@ class Engine(Protocol):
         """Yield each completion as it finishes, in no fixed order, while others still decode.
 
         Starts on a drained engine with an empty prefix cache and adds all requests in the given order before the
-        first step. Closing the iterator aborts what has not finished. `progress` is called with the number of running
-        requests and the tokens generated since its last call.
+        first step. Closing the iterator aborts what has not finished. `progress` is called after each engine step.
         """
         ...
 
@@ -88,8 +86,8 @@ class Engine(Protocol):
 class Progress(Protocol):
     """Called by an engine after each of its steps."""
 
-    def __call__(self, running: int, new_tokens: int) -> None:
-        """Tell how many requests are running and how many tokens were made since the last call."""
+    def __call__(self, unfinished: int, running: int) -> None:
+        """Tell how many requests are not finished, and how many of them are being decoded now."""
         ...
 
 

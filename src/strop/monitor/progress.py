@@ -90,6 +90,7 @@ class Progress:
         self._step_started = self._last_finished = clock()
         self._warn_after = stall_warning_s
         self._stalled = False
+        self._last_line = ""
 
     def __enter__(self) -> Progress:
         """Start the live view, where there is one, and the thread."""
@@ -179,7 +180,8 @@ class Progress:
             self._generated_tokens, self._generating_s = 0, 0.0
             self._step_started = now
             self._finished(now)
-            self._print("  ".join(parts))
+            self._last_line = "  ".join(parts)
+            self._print(self._last_line)
 
     def say(self, text: str) -> None:
         """Print a line above the live view."""
@@ -300,7 +302,7 @@ class Progress:
         self._live = live
 
     def _view(self) -> Group:
-        """Two lines: how far the run is, and what it does now."""
+        """Three lines: how far the run is, what it does now, and how the last step went."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -314,7 +316,7 @@ class Progress:
             Text(f"{_duration(now - self._step_started)} in this step"),
         )
         phase = Text(self._phase.describe(now) if self._phase is not None else "", style="cyan")
-        return Group(line, phase)
+        return Group(line, phase, Text(self._last_line, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 def is_live_terminal(stream: TextIO) -> bool:

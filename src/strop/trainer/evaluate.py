@@ -67,7 +67,7 @@ def evaluate(
         return None
     sampling = replace(parts.sampling, temperature=parts.config.run.eval_temperature)
 
-    def progress(running: int, new_tokens: int) -> None:
+    def progress(unfinished: int, running: int) -> None:
         parts.pool.pump()
         tick()
 

@@ -30,6 +30,7 @@ def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
             optimizer = MasterAdamW(parts.policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
             optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
             parts.weights.publish()
+            parts.weights.version = checkpoint.step
             progress.say(f"evaluating {checkpoint.path}")
         with progress.phase("evaluate", total=len(eval_requests(parts))):
             result = evaluate(parts, lambda rollout: progress.advance(), progress.tick)

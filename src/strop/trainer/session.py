@@ -61,7 +61,7 @@ class Session:
             yield
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
 
-    def on_engine_step(self, running: int, new_tokens: int) -> None:
+    def on_engine_step(self, unfinished: int, running: int) -> None:
         """Keep the reward workers fed and the live view honest between decode steps."""
         self.parts.pool.pump()
         self.progress.tick()
@@ -257,6 +257,7 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
         interrupt = stack.enter_context(Interrupt(progress.say))
         for notice in folder.notices:
             progress.note(notice)
+        (folder.path / "summary.json").unlink(missing_ok=True)  # of an earlier stop
         with progress.phase("start"):
             checkpoint = read_latest(folder.path) if resume else None
             prepared = prepare(config, checkpoint.state["promise"] if checkpoint else None)
@@ -300,6 +301,8 @@ def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: MasterAdamW, progr
     if changed:
         progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
     progress.say(f"resumed at step {state.step} from {checkpoint.path.name}")
+    if state.step >= parts.config.run.max_steps:
+        progress.note(f"run.max_steps is {parts.config.run.max_steps}: there is no step left to make")
     return state
 
 
