@@ -48,8 +48,9 @@ run: {{max_steps: {values["steps"]}, eval_num_problems: 2, report_to: [tensorboa
 @pytest.mark.parametrize("flag", [[], ["--lora"]], ids=["full", "lora"])
 def test_the_demo_learns(flag: list[str], tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    result = strop("demo", *flag, "--out", str(out), "--set", "run.max_steps=30", "--set", "run.eval_num_problems=60", "--set", "run.eval_num_generations=4",
-                   cwd=tmp_path)  # fmt: skip
+    changes = ["run.max_steps=30", "run.eval_num_problems=60", "run.eval_num_generations=4"]
+    sets = [part for change in changes for part in ("--set", change)]
+    result = strop("demo", *flag, "--out", str(out), *sets, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((out / "summary.json").read_text())
     before, after = summary["eval_before"]["pass@1"], summary["eval_after"]["pass@1"]
