@@ -66,20 +66,23 @@ class Session:
         self.parts.pool.pump()
         self.progress.tick()
 
-    def evaluate(self) -> EvalSummary | None:
-        """Evaluate on held-out problems, with progress; None when evaluation is off or the user asked to stop."""
+    def evaluate(self, *, stoppable: bool) -> EvalSummary | None:
+        """Evaluate on held-out problems, with progress; None when evaluation is off or the user asked to stop.
+
+        An evaluation between steps is not `stoppable`: its result is part of the step's row of metrics.
+        """
         with self.phase("evaluate", len(eval_requests(self.parts))):
             return evaluate(
                 self.parts,
                 lambda rollout: self.progress.advance(),
                 self.progress.tick,
-                lambda: self.interrupt.requested,
+                lambda: stoppable and self.interrupt.requested,
             )
 
-    def evaluate_or_say(self) -> EvalSummary | None:
+    def evaluate_or_say(self, *, stoppable: bool) -> EvalSummary | None:
         """Evaluate; when not one completion can be scored, say so and go on: a trained step is worth more."""
         try:
-            return self.evaluate()
+            return self.evaluate(stoppable=stoppable)
         except UnscoredError as e:
             self.progress.note(e.message)
             return None
@@ -91,7 +94,7 @@ class Session:
         if there < wanted:
             self.progress.note(f"run.eval_num_problems is {wanted}; {there} held-out problems are there")
         if self.state.step == 0 and self.state.eval_before is None:
-            self.state.eval_before = self.evaluate()
+            self.state.eval_before = self.evaluate(stoppable=True)
             if self.state.eval_before is not None:
                 self.progress.say(f"held out before training: {shown(self.state.eval_before)}")
         self.start_clock()
@@ -123,7 +126,7 @@ class Session:
         values |= {"num_tokens": state.num_tokens, "nonfinite_steps": state.nonfinite_steps}
         values |= self._logged_by_rewards(values)
         if config.run.eval_steps and state.step % config.run.eval_steps == 0 and state.step < config.run.max_steps:
-            result = self.evaluate_or_say()
+            result = self.evaluate_or_say(stoppable=False)
             if result is not None:
                 values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
                 self.progress.say(f"held out after step {state.step}: {shown(result)}")
@@ -218,7 +221,7 @@ class Session:
             self.progress.note(f"{count} problems were left out: {reason}")
         after = None
         if not self.interrupt.requested:
-            after = self.evaluate_or_say()
+            after = self.evaluate_or_say(stoppable=True)
             if after is not None:
                 self.progress.say(f"held out after training: {shown(after)}")
         if self.state.step < self.config.run.max_steps:
