@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]
 """One chat turn: {"role": ..., "content": ...}."""
 
+REWARD_KEYWORDS = ("prompts", "completions", "completion_ids", "prefill", "trainer_state", "log_extra", "log_metric")
+"""Keywords that Strop gives to a reward function; a data set has no column of such a name."""
+
 FinishReason = Literal["stop", "length"]
 SegmentKind = Literal["prompt", "sampled", "environment"]
 

@@ -16,8 +16,6 @@ from typing import Any
 from ..errors import RewardError
 from .combine import LARGEST, Outcome
 
-RESERVED = ("prompts", "completions", "completion_ids", "prefill", "trainer_state", "log_extra", "log_metric")
-"""Keywords that Strop gives to a function; a data set has no column of such a name."""
 NOT_PASSED = ("prompt", "completion", "completion_ids")
 """Columns that TRL keeps from reward functions, since the keywords above stand for them."""
 MAX_REASON_CHARS = 500

@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import RewardError, StropError
-from ..types import Rollout, ScoredRollout
-from .call import NOT_PASSED, RESERVED, Completion
+from ..types import REWARD_KEYWORDS, Rollout, ScoredRollout
+from .call import NOT_PASSED, Completion
 from .combine import Outcome, combine
 from .load import read_entries
 from .process import Job, WorkerProcess
@@ -180,7 +180,7 @@ class RewardPool:
     def _new_job(self, rollout: Rollout, global_step: int) -> Job:
         problem = rollout.problem
         columns = {name: value for name, value in problem.row.items() if name not in NOT_PASSED}
-        taken = [name for name in columns if name in RESERVED]
+        taken = [name for name in columns if name in REWARD_KEYWORDS]
         if taken:
             raise RewardError(
                 f"row {problem.id} has a column `{taken[0]}`, a name under which functions receive something else",

@@ -13,7 +13,7 @@ from typing import Any
 from ..config import TaskConfig
 from ..errors import ConfigError, DataError
 from ..seeding import derive_seed
-from ..types import Problem
+from ..types import REWARD_KEYWORDS, Problem
 from .data import Rows, Source, open_source
 from .order import EpochOrder
 from .prompts import compose, system_message
@@ -21,8 +21,6 @@ from .readers import Row, is_missing
 from .render import Prompt, Renderer, check_messages
 from .template import PromptTemplate
 
-RESERVED = ("prompts", "completions", "completion_ids", "prefill", "trainer_state", "log_extra", "log_metric")
-"""Keywords that reward functions are given besides the columns of a row."""
 _CHUNK = 512
 """Prompts that are tokenised in one call."""
 
@@ -215,7 +213,7 @@ class RowTask:
         """The columns that reward functions see."""
         row = {column: value for column, value in rows[index].items() if column != self._config.prompt_column}
         with _at(rows, index):
-            for column in RESERVED:
+            for column in REWARD_KEYWORDS:
                 if column in row:
                     raise DataError(
                         f"the column `{column}` has a name that reward functions receive something else under",
