@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]
 """One chat turn: {"role": ..., "content": ...}."""
 
-REWARD_KEYWORDS = ("prompts", "completions", "completion_ids", "prefill", "trainer_state", "log_extra", "log_metric")
+REWARD_KEYWORDS = (
+    "prompts", "completions", "completion_ids", "prefill", "truncated", "max_completion_length", "correct",
+    "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
 """Keywords that Strop gives to a reward function; a data set has no column of such a name."""
 
 FinishReason = Literal["stop", "length"]
@@ -139,6 +142,9 @@ class ScoredRollout:
     """Raw value of each function by name; None where it does not apply or failed."""
     failures: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of each function that raised, ran out of time or gave NaN, with the reason."""
+    correct: bool | None = None
+    """Whether every weighted correctness function that applies reached its declared maximum; None if none applies or one
+    failed."""
 
 
 @dataclass(frozen=True, slots=True)
