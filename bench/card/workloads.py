@@ -1,0 +1,61 @@
+"""The workloads that contenders run on one card, and the shapes of their models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064},
+}  # fmt: skip
+"""Qwen2.5's sizes as arguments of transformers' Qwen2Config."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One race: everyone trains the same model on the same prompts with the same numbers of tokens."""
+
+    id: str
+    title: str
+    shape: str | None
+    """Key of SHAPES for random weights; None: a real model is needed (L1)."""
+    num_prompts: int
+    num_generations: int
+    prompt_tokens: int
+    completion_tokens: int
+    quantization: str
+    """`none` (bf16) or `nf4`; always rank-16 adapters on all seven linears."""
+    vram_gib: float
+    mean_completion: int | None = None
+    """Mean length where lengths vary: the random model then ends a completion with this expectation."""
+
+
+WORKLOADS = {
+    w.id: w
+    for w in (
+        Workload("L1", "GSM8K, a real 0.5B model, bf16 LoRA", None, 16, 8, 400, 400, "none", 24),
+        Workload("W1", "1.5B bf16 LoRA", "1.5b", 8, 8, 256, 1024, "none", 24),
+        Workload("W2", "7B NF4 QLoRA", "7b", 4, 8, 256, 1024, "nf4", 24),
+        Workload("W3", "1.5B NF4 QLoRA, as small as possible", "1.5b", 2, 8, 256, 1024, "nf4", 4.5),
+        Workload("W4", "1.5B bf16 LoRA, long shared prompt", "1.5b", 4, 8, 2048, 512, "none", 24),
+        Workload("W5", "1.5B bf16 LoRA, mixed lengths", "1.5b", 8, 16, 256, 1024, "none", 24, mean_completion=400),
+        Workload("W6", "7B NF4 QLoRA on an 8 GB card", "7b", 2, 8, 256, 1024, "nf4", 7.0),
+    )
+}
+"""W1 to W6 have random weights: speed and memory do not depend on values."""
+
+
+def linear_parameters(shape: str) -> int:
+    """Weights of the linears of all layers and of the output head: what a token is multiplied with."""
+    s = SHAPES[shape]
+    hidden, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
+    head_dim = hidden // s["num_attention_heads"]
+    attention = hidden * head_dim * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
+    return layers * (attention + 3 * hidden * inner) + s.get("vocab_size", 151936) * hidden
