@@ -41,7 +41,7 @@ class PeakMemory(threading.Thread):
         import pynvml
 
         pynvml.nvmlInit()
-        self._read, self._handle = pynvml.nvmlDeviceGetMemoryInfo, pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._read, self._handle = pynvml.nvmlDeviceGetMemoryInfo, pynvml.nvmlDeviceGetHandleByIndex(card_index())
         self.peak, self._done = 0, threading.Event()
         self.start()
 
@@ -92,7 +92,7 @@ def run(work: Workload, contender: str, model: str, given: argparse.Namespace) -
     row: dict[str, Any] = {"workload": work.id, "contender": contender, "seed": given.seed,
                            "peak_gib": round(peak.stop(), 2), "wall_s": round(time.time() - started, 1)}  # fmt: skip
     events = [json.loads(line) for line in events_path.read_text().splitlines()] if events_path.exists() else []
-    row |= summarise(work, events, started, row["card"] if "card" in row else _card_name())
+    row |= summarise(work, events, started, _card_name())
     if code:
         row["failed"] = log.read_text(errors="replace")[-1500:]
     print(json.dumps({k: v for k, v in row.items() if k != "rows"}), flush=True)
@@ -174,11 +174,16 @@ def _model_for(work: Workload, given: argparse.Namespace) -> str:
     return str(folder)
 
 
+def card_index() -> int:
+    """Return NVML's index of the card that CUDA calls 0; NVML does not know CUDA_VISIBLE_DEVICES."""
+    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or 0)
+
+
 def _card_name() -> str:
     import pynvml
 
     pynvml.nvmlInit()
-    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(card_index())))
 
 
 def _commit_and_versions() -> dict[str, Any]:
