@@ -40,7 +40,7 @@ def main(num_steps: int) -> list[float]:
             problems_P = parts.task.batch(step, config.rollout.num_prompts)
             requests_N = rollout_requests(problems_P, config.rollout.num_generations, run_seed=0, step=step)
             rollouts = parts.engine.generate(requests_N, parts.sampling, policy_version=parts.weights.version)
-            scored_N = in_order(pool.score(rollouts), requests_N)
+            scored_N = in_order(pool.score(rollouts, group_size=config.rollout.num_generations), requests_N)
 
             # Advantages relative to the group, every token's share of the step's loss, groups without signal dropped.
             batch = make_samples(

@@ -31,8 +31,7 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 def commands() -> Iterator[str]:
     """Yield each command with its arguments and options."""
-    group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    for name, command in every_command(typer.main.get_command(app)):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         yield f"### `strop {' '.join([name, *(p.name.upper() for p in arguments)])}`"
         yield ""
@@ -45,6 +44,15 @@ def commands() -> Iterator[str]:
             yield f"- `{shown}{value}`: {parameter.help}"
         if command.params:
             yield ""
+
+
+def every_command(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield name and command of a group, `rewards check` for one of a group within it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def settings() -> Iterator[str]:

@@ -164,6 +164,9 @@ def test_commands_and_options_exist(page: Path) -> None:
             continue
         assert words[0] in group.commands, f"{page.name}: strop {' '.join(words)}"
         command = group.commands[words[0]]
+        if hasattr(command, "commands"):
+            assert words[1] in command.commands, f"{page.name}: strop {' '.join(words)}"
+            command = command.commands[words[1]]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words[1:] if word.startswith("--")} <= known, f"{page.name}: {words}"
         load_config(None, [words[i + 1] for i, word in enumerate(words) if word == "--set"])
@@ -238,6 +241,7 @@ def test_the_guide_names_every_metric_and_no_other() -> None:
     assert phases >= {"generate", "train", "evaluate"}
     assert {f"time/{phase}_s" for phase in phases} <= documented
     composed = {f"time/{phase}_s" for phase in phases} | {"rewards/NAME/mean", "rewards/NAME/std", "eval_pass@k"}
+    composed |= {"monitor/NAME"}
     assert {name for name in documented - composed if name not in source_strings()} == set()
 
 

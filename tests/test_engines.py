@@ -10,7 +10,7 @@ import torch
 from engines import Rig, rig
 from records import sample, scored
 
-from strop.errors import EngineError, ModelError
+from strop.errors import EngineError, MemoryExhaustedError, ModelError
 from strop.objective.packing import pack
 from strop.seeding import rollout_requests
 from strop.types import Problem, Request, Rollout, Sample, Sampling
@@ -254,3 +254,90 @@ def test_records_carry_version_seed_and_text(any_rig: Rig) -> None:
     one = sample(rollouts[0]).scored.rollout
     assert one.segments[0].token_ids == one.problem.prompt_token_ids
     assert one.text == any_rig.source.tokenizer.decode(one.completion_token_ids, skip_special_tokens=True)
+
+
+def out_of_memory_at(rig_: Rig, calls: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model fail as torch does when the card is full, at these calls of it."""
+    executor = rig_.engine._core.model_executor
+    original, count = executor.execute_model, [0]
+
+    def execute(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        if count[0] in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(executor, "execute_model", execute)
+
+
+def test_out_of_memory_in_a_rollout_halves_what_runs_and_gives_the_same_completions(
+    vllm_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = rollout_requests(problems(6), 4, run_seed=0, step=3)
+    whole = generate(vllm_rig, requests)
+    engine, said = vllm_rig.engine, []
+    monkeypatch.setattr(engine, "_note", said.append)
+    out_of_memory_at(vllm_rig, {9}, monkeypatch)
+    most: list[int] = []
+    try:
+        again = ordered(
+            engine.generate(
+                requests, sampling(vllm_rig), policy_version=0, progress=lambda left, running: most.append(running)
+            )
+        )
+        assert [r.completion_token_ids for r in again] == [r.completion_token_ids for r in whole]
+        assert max(most[:8]) == len(requests)
+        assert engine._scheduler.max_num_running_reqs == 64
+        assert "64 at a time instead of 128" in said[0]
+        out_of_memory_at(vllm_rig, {1, 3}, monkeypatch)
+        with pytest.raises(MemoryExhaustedError, match="3 times in this run") as error:
+            generate(vllm_rig, requests)
+        assert "run.vram_gib" in str(error.value.hint)
+        assert not engine._scheduler.has_unfinished_requests()
+    finally:
+        engine.limit_concurrency(128)
+        engine._out_of_memory = 0
+    monkeypatch.undo()
+    assert [r.segments for r in generate(vllm_rig, requests)] == [r.segments for r in whole]
+
+
+def test_fewer_places_than_requests_fill_up_in_batches(vllm_rig: Rig) -> None:
+    """All completions are the same, and steps with a prompt in them are few."""
+    requests = rollout_requests(problems(12), 4, run_seed=0, step=0)
+    whole = generate(vllm_rig, requests)
+    engine = vllm_rig.engine
+    steps: list[tuple[int, bool]] = []
+    original = engine._scheduler.schedule
+
+    def schedule(*args: object) -> object:
+        step = original(*args)
+        steps.append((len(step.num_scheduled_tokens), bool(step.scheduled_new_reqs)))
+        return step
+
+    engine._scheduler.schedule = schedule
+    engine.limit_concurrency(16)
+    try:
+        waved = generate(vllm_rig, requests)
+    finally:
+        engine.limit_concurrency(128)
+        del engine._scheduler.schedule
+    assert [r.completion_token_ids for r in waved] == [r.completion_token_ids for r in whole]
+    assert max(count for count, _ in steps) == 16
+    with_prompts = sum(new for _, new in steps)
+    assert 3 <= with_prompts <= 1 + (len(requests) - 16) // 2
+    assert len(steps) > 4 * with_prompts
+
+
+def test_plain_steps_give_what_vllms_own_scheduler_gives(vllm_rig: Rig) -> None:
+    requests = rollout_requests(problems(6), 4, run_seed=0, step=0)
+    scheduler = vllm_rig.engine._scheduler
+    assert scheduler._plain
+    ours = generate(vllm_rig, requests, max_tokens=40)
+    scheduler._plain = False
+    try:
+        theirs = generate(vllm_rig, requests, max_tokens=40)
+    finally:
+        scheduler._plain = True
+    assert [(r.segments, r.finish_reason, r.num_cached_tokens) for r in ours] == [
+        (r.segments, r.finish_reason, r.num_cached_tokens) for r in theirs
+    ]

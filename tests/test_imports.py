@@ -17,7 +17,7 @@ PACKAGE = SOURCE / "strop"
 
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
-    frozenset({"config", "config_load", "recipes_dir", "seeding"}),
+    frozenset({"config", "config_load", "recipes_dir", "seeding", "quant"}),
     frozenset({"tasks", "rewards", "objective", "policy", "engine", "memory", "demo"}),
     frozenset({"weights", "monitor", "distributed"}),
     frozenset({"trainer"}),

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from strop import load_config
 from strop.errors import PlanError
+from strop.memory.card import HEADROOM, CardNeeds
 from strop.memory.machine import Machine
-from strop.memory.plan import make_plan
-from strop.memory.shapes import GIB, ModelShape
+from strop.memory.plan import Plan, make_plan
+from strop.memory.probe import CardProcess, look_at_card
+from strop.memory.shapes import FUSED_MODELS, GIB, ModelShape
 
+QWEN = {"num_key_value_heads": 2, "max_position_embeddings": 32768, "vocab_size": 151936, "tie_word_embeddings": True}
+QWEN_0_5B = Qwen2Config(
+    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, **QWEN,
+)  # fmt: skip
 QWEN_1_5B = Qwen2Config(
-    hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-    vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
+    hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, **QWEN,
+)  # fmt: skip
+QWEN_7B = Qwen2Config(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    **(QWEN | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}),
 )  # fmt: skip
 CPU = Machine("cpu", "CPU", 2, 48 * GIB, True)
-CARD = Machine("cuda", "card", 16, 24 * GIB, True)
+CARD = Machine("cuda", "card", 16, 24 * GIB, True, 24 * GIB)
+ROOMY = Machine("cuda", "card", 16, 79 * GIB, True, 80 * GIB)
 
 
-def plan(machine: Machine = CPU, kept: dict[str, Any] | None = None, **changes: Any) -> Any:
+def plan(
+    machine: Machine = CPU, kept: dict[str, Any] | None = None, model: Any = QWEN_1_5B, **changes: Any
+) -> Plan:
     config = load_config({}, [f"{k.replace('__', '.')}={v}" for k, v in changes.items()])
-    shape = ModelShape.from_config(QWEN_1_5B)
+    shape = ModelShape.from_config(model)
     return make_plan(config, shape, machine, engine="vllm", engine_reason="test", kept=kept)
+
+
+def workload(prompts: int, each: int, prompt: int, completion: int, **more: Any) -> dict[str, Any]:
+    return {
+        "rollout__num_prompts": prompts, "rollout__num_generations": each, "task__max_prompt_length": prompt,
+        "rollout__max_completion_length": completion, **more,
+    }  # fmt: skip
+
+
+NF4 = {"model__quantization": "nf4"}
+SMALLEST = NF4 | {"model__head": "int8", "model__embedding": "host", "optim__name": "adamw_8bit"}
+WORKLOADS = {
+    "L1": (QWEN_0_5B, workload(16, 8, 256, 400, run__vram_gib=8)),
+    "W1": (QWEN_1_5B, workload(8, 8, 256, 1024, run__vram_gib=24)),
+    "W2": (QWEN_7B, workload(4, 8, 256, 1024, run__vram_gib=24, **NF4)),
+    "W3": (QWEN_1_5B, workload(2, 8, 256, 1024, run__vram_gib=4.5, **NF4)),
+    "W4": (QWEN_1_5B, workload(4, 8, 2048, 512, run__vram_gib=24)),
+    "W5": (QWEN_1_5B, workload(8, 16, 256, 1024, run__vram_gib=24)),
+    "W6": (QWEN_7B, workload(2, 8, 256, 1024, run__vram_gib=7, **SMALLEST)),
+}
 
 
 def test_parameters_are_counted_as_the_model_has_them() -> None:
@@ -40,6 +73,36 @@ def test_parameters_are_counted_as_the_model_has_them() -> None:
     assert ModelShape.from_config(QWEN_1_5B).lora_parameters(16) == pytest.approx(18.5e6, rel=0.01)
 
 
+def test_bytes_of_weights_follow_the_settings_of_the_model() -> None:
+    shape = ModelShape.from_config(QWEN_7B)
+    assert shape.weight_bytes("bfloat16") == pytest.approx(15.2e9, rel=0.01)
+    linears, plain = 6.53e9 * 4.25 / 8, 2 * 152064 * 3584
+    assert shape.weight_bytes("bfloat16", "nf4") == pytest.approx(linears + 2 * plain, rel=0.01)
+    assert shape.weight_bytes("bfloat16", "nf4", "int8", "host") == pytest.approx(linears + plain / 2, rel=0.01)
+    tied = ModelShape.from_config(QWEN_1_5B)
+    saved = tied.weight_bytes("bfloat16", "nf4") - tied.weight_bytes("bfloat16", "nf4", "int8")
+    assert saved == pytest.approx(151936 * 1536, rel=0.01)
+
+
+def test_checkpointed_layers_keep_their_input_and_others_what_their_blocks_save() -> None:
+    shape = ModelShape.from_config(QWEN_1_5B)
+    none, some, all_ = (
+        shape.activation_bytes_per_token("bfloat16", checkpointed=n, fused=True) for n in (0, 10, 28)
+    )
+    assert all_ == 28 * 1536 * 2
+    assert (none - some) * 18 == (some - all_) * 10
+    assert none == 28 * (2 * (2 * 1536 + 2 * 14 * 128 + 2 * 8960) + 4 * 12)
+    qwen3 = ModelShape.from_config(Qwen3Config())
+    assert qwen3.head_norms
+    assert "qwen3" in FUSED_MODELS
+
+
+def test_models_that_are_counted_as_fused_are_those_that_the_policy_fuses() -> None:
+    from strop.policy.fused import _MODEL_TYPES
+
+    assert _MODEL_TYPES == FUSED_MODELS
+
+
 def test_what_is_derived_has_a_reason_and_fits() -> None:
     result = plan()
     assert all(item.reason for item in result.items)
@@ -49,6 +112,54 @@ def test_what_is_derived_has_a_reason_and_fits() -> None:
     assert result.block_size == 32
     assert plan(CARD).dtype == "bfloat16"
     assert plan(CARD).block_size is None
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_published_workloads_fit_their_cards(name: str) -> None:
+    model, changes = WORKLOADS[name]
+    result = plan(ROOMY, model=model, **changes)
+    shown = result.as_dict()
+    cap = changes["run__vram_gib"]
+    assert all(item.reason for item in result.items)
+    assert result.memory_bytes == int(cap * GIB)
+    assert max(shown["rollout_peak_gib"]["value"], shown["training_peak_gib"]["value"]) <= cap * (1 - HEADROOM) + 0.01
+    assert result.max_num_seqs == changes["rollout__num_prompts"] * changes["rollout__num_generations"]
+    assert result.micro_batch_tokens >= result.max_model_len
+    assert 0 <= result.checkpoint_layers <= model.num_hidden_layers
+    assert result.logit_rows is not None
+    assert result.logit_rows >= 128
+
+
+def test_phases_take_turns_only_where_they_do_not_fit_beside_each_other() -> None:
+    model, changes = WORKLOADS["W1"]
+    caps = (6, 8, 12, 16, 24, 40, 70)
+    plans = [plan(ROOMY, model=model, **(changes | {"run__vram_gib": cap})) for cap in caps]
+    assert plans[0].release_kv
+    assert not plans[-1].release_kv
+    released = [p.release_kv for p in plans]
+    assert released == sorted(released, reverse=True)
+    layers = [p.checkpoint_layers for p in plans]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[-1] == 0
+    assert all(p.checkpoint_layers == 0 for p in plans if not p.release_kv)
+    tokens = [p.micro_batch_tokens for p in plans if not p.checkpoint_layers]
+    assert tokens == sorted(tokens)
+    assert plans[0].max_num_seqs < plans[-1].max_num_seqs == 64
+    assert 64 % plans[0].max_num_seqs < plans[0].max_num_seqs
+
+
+def test_pinned_numbers_are_taken() -> None:
+    result = plan(CARD, optim__checkpoint_layers=5, optim__micro_batch_tokens=3000, rollout__max_num_seqs=24)
+    assert (result.checkpoint_layers, result.micro_batch_tokens, result.max_num_seqs) == (5, 3000, 24)
+    assert plan(CPU, rollout__max_num_seqs=24).max_num_seqs == 24
+
+
+def test_a_prompt_is_held_once_per_group() -> None:
+    config = load_config({}, ["rollout.num_prompts=4", "task.max_prompt_length=2048"])
+    needs = CardNeeds(config, ModelShape.from_config(QWEN_1_5B), "bfloat16", 2560)
+    token = 28 * 1024
+    assert needs.kv_bytes(32) < (4 * 2048 + 32 * (512 + 32) + 64) * token
+    assert needs.kv_bytes(32) >= (4 * 2048 + 32 * 512) * token
 
 
 def test_kept_numbers_win_where_they_fit_and_only_there() -> None:
@@ -61,6 +172,9 @@ def test_kept_numbers_win_where_they_fit_and_only_there() -> None:
     assert resumed.promise() == first.promise()
     assert plan(tight, kept=roomy.promise()).promise() != roomy.promise()
     assert plan(CARD, kept=first.promise()).dtype == "bfloat16"
+    on_small_card = plan(CARD, run__vram_gib=8)
+    assert plan(CARD, kept=on_small_card.promise()).promise() == on_small_card.promise() != plan(CARD).promise()
+    assert plan(CARD, run__vram_gib=8, kept=plan(CARD).promise()).promise() == on_small_card.promise()
 
 
 @pytest.mark.parametrize(
@@ -76,3 +190,53 @@ def test_what_cannot_fit_is_refused_with_the_setting_to_change(changes: dict[str
     with pytest.raises(PlanError, match=said) as error:
         plan(CARD, **changes)
     assert error.value.hint
+
+
+def hinted(hint: str) -> dict[str, str]:
+    """Settings that a hint names, as `section__name: value`."""
+    return {f"{s}__{n}": v for s, n, v in re.findall(r"(\w+)\.(\w+): ([\w.]+\w)", hint)}
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "changes", "first"),
+    [
+        (ROOMY, QWEN_1_5B, {"run__vram_gib": 4.9}, "run.vram_gib"),
+        (CARD, QWEN_1_5B, {"run__vram_gib": 3}, "model.quantization"),
+        (Machine("cuda", "card", 8, 4 * GIB, True), QWEN_1_5B, {}, "model.quantization"),
+        (Machine("cuda", "card", 8, 16 * GIB, True), QWEN_7B, {}, "model.quantization"),
+        (Machine("cuda", "card", 8, 7 * GIB, True), QWEN_7B, NF4, "model.embedding"),
+        (CARD, QWEN_1_5B, {"lora__r": 0}, "optim.name"),
+        (Machine("cuda", "card", 8, 12 * GIB, True), QWEN_1_5B, {"lora__r": 0}, "lora.r"),
+        (CARD, QWEN_1_5B, {"optim__micro_batch_tokens": 30000}, "optim.micro_batch_tokens"),
+        (CARD, QWEN_7B, NF4 | {"optim__checkpoint_layers": 0, "rollout__max_completion_length": 8000}, "optim.checkp"),
+        (Machine("cpu", "CPU", 2, 9 * GIB, True), QWEN_1_5B, {}, "rollout.max_completion_length"),
+    ],
+)  # fmt: skip
+def test_the_change_that_is_named_is_enough(machine: Machine, model: Any, changes: dict[str, Any], first: str) -> None:
+    with pytest.raises(PlanError) as error:
+        plan(machine, model=model, **changes)
+    hint = str(error.value.hint)
+    settings = hinted(hint)
+    assert any(f"{k.replace('__', '.')}".startswith(first) for k in settings), hint
+    plan(machine, model=model, **(changes | settings))
+
+
+def test_what_no_change_fits_says_so() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(Machine("cuda", "card", 8, 2 * GIB, True), model=QWEN_7B)
+    assert "smaller model" in str(error.value.hint)
+
+
+def test_who_holds_the_card_is_named_before_anything_is_loaded() -> None:
+    desktop = CardProcess(4242, "ollama", 10 * GIB)
+    held = Machine("cuda", "card", 16, 13 * GIB, True, 24 * GIB, (desktop, CardProcess(7, "Xorg", 100 << 20)))
+    with pytest.raises(PlanError, match=r"ollama \(pid 4242\) holds 10.0 GiB") as error:
+        plan(held, run__vram_gib=20)
+    assert "at most 13" in str(error.value.hint)
+    reason = plan(held).as_dict()["memory_gib"]["reason"]
+    assert "ollama" in reason
+    assert "Xorg" not in reason
+
+
+def test_a_card_that_the_driver_does_not_know_is_no_error() -> None:
+    assert look_at_card("GPU-00000000-0000-0000-0000-000000000000") is None

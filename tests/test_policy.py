@@ -145,7 +145,7 @@ def test_chunked_logprobs_equal_log_softmax_with_gradients(rows: int, temperatur
     (reference.gather(1, targets[:, None]).squeeze(1) * mix).sum().backward()
     expected = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
-    logp, ours_entropy = token_logprobs(hidden, weight, targets, temperature=temperature, chunk_rows=rows)
+    logp, ours_entropy = token_logprobs(hidden, weight, targets, temperature=temperature, rows=rows)
     (logp * mix).sum().backward()
     torch.testing.assert_close(logp, reference.gather(1, targets[:, None]).squeeze(1))
     torch.testing.assert_close(ours_entropy, entropy, rtol=1e-5, atol=5e-5)
@@ -158,7 +158,7 @@ def test_a_frozen_head_gets_no_gradient_and_bf16_stays_close() -> None:
     hidden = torch.randn(9, 16, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(40, 16, dtype=torch.bfloat16)
     targets = torch.randint(0, 40, (9,))
-    logp, _ = token_logprobs(hidden, weight, targets, chunk_rows=4)
+    logp, _ = token_logprobs(hidden, weight, targets, rows=4)
     logp.sum().backward()
     exact = torch.log_softmax(hidden.detach().double() @ weight.double().t(), -1).gather(1, targets[:, None]).squeeze(1)
     assert logp.dtype == torch.float32

@@ -31,6 +31,7 @@ def config(rank: int, funcs: str = "share_of_low_bytes") -> dict[str, Any]:
             "max_steps": 6, "save_steps": 2, "eval_num_problems": 3, "eval_num_generations": 2, "rollout_steps": 1,
             "report_to": ["none"],
         },
+        "monitor": {"window": 2, "canary_steps": 2},
     }  # fmt: skip
 
 
@@ -82,6 +83,8 @@ def final_state(out: Path) -> dict[str, Any]:
         "rollouts": {p.name: p.read_bytes() for p in sorted((out / "rollouts").iterdir())},
         "summary": {k: v for k, v in summary.items() if k != "seconds"},
         "state": {k: v for k, v in state.items() if k != "seconds"},
+        "diagnoses": (out / "diagnoses.jsonl").read_text(),
+        "canary": (out / "canary.json").read_text(),
         "checkpoints": sorted(p.name for p in out.glob("checkpoint-*")),
     }
 
@@ -99,6 +102,7 @@ def straight(
     out = tmp_path_factory.mktemp("straight") / "run"
     assert runner.run(config(request.param), out) == 0
     result = final_state(out)
+    assert result["diagnoses"].count("\n") >= 2, "the monitors have to say something, so that it can differ"
     rewards = [row["reward"] for row in result["metrics"]]
     assert max(rewards[3:]) > rewards[0] + 0.02, f"the toy reward has to rise, so that weights matter: {rewards}"
     return request.param, result

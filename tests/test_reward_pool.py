@@ -348,7 +348,7 @@ def test_workers_hold_no_torch_and_not_the_callers_main() -> None:
         pool.score([rollout(r"\boxed{3}")])
         extras = pool.take_extras()
     assert extras["modules"] == [[]]
-    assert extras["main"] == ["strop.rewards.worker"]
+    assert extras["main"] == ["strop.rewards.forkserver"]
 
 
 def test_order_is_that_of_submission_with_several_workers() -> None:
@@ -418,7 +418,7 @@ def test_a_damaged_verdict_log_is_named(folder: Path) -> None:
 def test_nothing_is_left_after_close() -> None:
     pool = pool_of("modules", workers=2)
     pool.wait_ready()
-    pids = [worker.pid for worker in pool._workers]
+    pids = [worker.pid for worker in pool._crew.workers]
     assert all(os.getsid(pid) == pid for pid in pids)  # Ctrl-C in the terminal does not reach them
     pool.submit(rollout())
     pool.close()
@@ -439,7 +439,7 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_call(folder: P
         "s = (Segment('prompt', (1,), (False,)), Segment('sampled', (2,), (True,), (-1.0,)))\n"
         "pool.submit(Rollout(Problem('t/0', 'q', (1,)), 0, s, 'sleep', 'stop', 0, 1))\n"
         "pool.pump()\n"
-        "print(*[w.pid for w in pool._workers], flush=True)\n"
+        "print(*[w.pid for w in pool._crew.workers], flush=True)\n"
         "time.sleep(1000)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(strop.__file__).parents[1])}

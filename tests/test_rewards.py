@@ -420,7 +420,6 @@ def test_entries_that_cannot_be_read(folder: Path, entry: str, message: str, hin
     [
         ("mine.py:lenght", "has no function `lenght`", "did you mean `length`"),
         ("mine.py:LIMIT", "is a int, which cannot be called", "name a function"),
-        ("mine.py:Scorer", "is a class", "reward = Scorer()"),
         ("minne:length", "there is no module `minne`", "did you mean `mine`"),
         ("broken.py:f", "SyntaxError", "fix that line"),
         ("needs.py:f", "No module named 'not_installed_here' (", "install what it imports"),

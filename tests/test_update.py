@@ -13,11 +13,13 @@ from engines import tiny_model
 from records import random_samples
 
 from strop.config import ObjectiveConfig
+from strop.errors import MemoryExhaustedError
 from strop.objective.packing import pack
+from strop.policy import lora
 from strop.policy.load import load_weights, open_model
 from strop.policy.optim import MasterAdamW
 from strop.policy.policy import Policy
-from strop.trainer.update import update
+from strop.trainer.update import MicroBatchLimit, update
 from strop.types import MicroBatch, Sample, StepStats
 
 TEMPERATURE = 0.7
@@ -246,3 +248,100 @@ def test_a_step_is_reported_batch_by_batch_with_its_numbers() -> None:
     assert len(calls) == len(batches)
     assert stats.metrics["learning_rate"].value == 0.25
     assert stats.metrics["num_trained_tokens"].value == sum(b.num_tokens for b in batches)
+
+
+class Shortage:
+    """Raises what torch raises, in a layer's backward pass, whenever a batch has more than `tokens` tokens.
+
+    By then later layers have added their share to the gradients.
+    """
+
+    def __init__(self, policy: Policy, tokens: int) -> None:
+        self.tokens, self.raised = tokens, 0
+        layer = policy.model.get_decoder().layers[0]
+        layer.register_forward_hook(self._look)
+
+    def _look(self, layer: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if output.shape[1] > self.tokens:
+            output.register_hook(self._fail)
+
+    def _fail(self, gradient: torch.Tensor) -> None:
+        self.raised += 1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+
+def test_a_step_that_ran_out_of_memory_is_made_with_the_same_gradient() -> None:
+    batches = pack(new_samples(), 30)
+    sizes = [b.num_tokens for b in batches]
+    assert len(batches) > 2
+    policy, undisturbed = new_policy(), new_policy()
+    before = {n: p.detach().clone() for n, p in policy.trainable.items()}
+    shortage = Shortage(policy, tokens=max(sizes) - 1)
+    assert sizes.index(max(sizes)) > 0  # other batches have added their gradients by then
+    notes: list[str] = []
+    limit = MicroBatchLimit(note=notes.append)
+    calls: list[int] = []
+    stats = update(
+        policy, MasterAdamW(policy.trainable, **ADAM), batches, ObjectiveConfig(), learning_rate=LEARNING_RATE,
+        max_grad_norm=1e9, limit=limit, on_batch=lambda: calls.append(1),
+    )  # fmt: skip
+    assert shortage.raised == 1
+    assert stats.stepped
+    expected = step(undisturbed, MasterAdamW(undisturbed.trainable, **ADAM), batches)
+    assert distance(change(policy, before), change(undisturbed, before)) < 1e-4
+    for name in ("loss", "entropy", "grad_norm"):
+        assert stats.metrics[name].value == pytest.approx(expected.metrics[name].value, rel=1e-4)
+    assert limit.within(10_000) == max(sizes) // 2
+    assert limit.within(3) == 3
+    assert len(notes) == 1
+    assert "optim.micro_batch_tokens" in notes[0]
+
+
+def test_the_third_shortage_of_a_run_ends_it_and_leaves_the_weights_alone() -> None:
+    policy = new_policy()
+    optimizer = MasterAdamW(policy.trainable, **ADAM)
+    batches = pack(new_samples(), 10_000)
+    step(policy, optimizer, batches)
+    before = snapshot(policy, optimizer)
+    shortage = Shortage(policy, tokens=0)
+    with pytest.raises(MemoryExhaustedError, match="at a time") as caught:
+        update(policy, optimizer, batches, ObjectiveConfig(), learning_rate=0.1, max_grad_norm=1.0)
+    assert shortage.raised == 3
+    for setting in ("run.vram_gib", "rollout.max_completion_length", "optim.micro_batch_tokens"):
+        assert setting in caught.value.hint
+    assert_bit_equal(before, snapshot(policy, optimizer))
+    assert all(p.grad is None for p in policy.trainable.values())
+
+
+def test_a_single_completion_that_does_not_fit_ends_the_run_at_once() -> None:
+    policy = new_policy()
+    shortage = Shortage(policy, tokens=0)
+    with pytest.raises(MemoryExhaustedError):
+        step(policy, MasterAdamW(policy.trainable, **ADAM), pack(new_samples()[:1], 10_000))
+    assert shortage.raised == 1
+
+
+def test_fp16_keeps_gradients_that_would_vanish() -> None:
+    """With a token's share of the loss at 2e-7, gradients of the hidden states lie below the smallest fp16 number."""
+    samples = [replace(s, token_weight=2e-7) for s in new_samples()]
+    exact, half = new_policy(), new_policy()
+    half.model.half()
+    adapted = []
+    for policy in (exact, half):
+        adapters = lora.inject(policy.model, r=4, alpha=8, target_modules=("q_proj", "up_proj"), seed=0)
+        torch.manual_seed(3)
+        for a in adapters.values():
+            torch.nn.init.normal_(a.lora_B, std=0.1)
+        adapted.append(Policy(policy.model, TEMPERATURE, adapters))
+    norms = []
+    for policy in adapted:
+        stats = step(policy, MasterAdamW(policy.trainable, **ADAM), pack(samples, 10_000))
+        assert stats.stepped
+        norms.append(stats.metrics["grad_norm"].value)
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+    # Without the scale of the loss it is far off.
+    policy = adapted[1]
+    (batch,) = pack(samples, 10_000)
+    (policy.forward(batch)[0] * batch.advantages_K * batch.weights_K).sum().backward()
+    lost = torch.cat([p.grad.flatten() for p in policy.trainable.values()]).norm()
+    assert lost < 0.9 * norms[0]

@@ -18,9 +18,10 @@ def share_of_low_bytes(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def kills_the_trainer(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
-    """Kill the training process, this worker's parent, while it scores the step in STROP_TEST_KILL_STEP; once."""
+    """Kill the training process, the parent of this worker's parent, in the step STROP_TEST_KILL_STEP; once."""
     marker = Path(os.environ["STROP_TEST_KILL_MARKER"])
     if trainer_state.global_step == int(os.environ["STROP_TEST_KILL_STEP"]) and not marker.exists():
         marker.touch()
-        os.kill(os.getppid(), signal.SIGKILL)
+        launcher = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+        os.kill(int(launcher[1]), signal.SIGKILL)
     return share_of_low_bytes(completions)

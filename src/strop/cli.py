@@ -32,14 +32,14 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: ru
 
 @contextlib.contextmanager
 def _messages() -> Iterator[None]:
-    """Turn errors meant for a user into a message and exit code 2, a second Ctrl-C into 130."""
+    """Turn errors meant for a user into a message and their exit code, a second Ctrl-C into 130."""
     try:
         yield
     except StropError as e:
         print(f"error: {e.message}", file=sys.stderr)
         if e.hint:
             print(f"hint: {e.hint}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise typer.Exit(e.exit_code) from None
     except KeyboardInterrupt:
         print("stopped at once; `--resume` goes on from the newest checkpoint, or from the start", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -142,6 +142,68 @@ def doctor() -> None:
             print(line)
 
 
+rewards = typer.Typer(help="Check and audit reward functions.", no_args_is_help=True)
+app.add_typer(rewards, name="rewards")
+
+Gold = Annotated[
+    str | None, typer.Option("--gold", metavar="COLUMN", help="Column with right answers; default: the usual ones.")
+]
+KnownGood = Annotated[
+    Path | None,
+    typer.Option("--known-good", metavar="FILE", help="JSON lines with `id` and `completion` of right completions."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Another seed takes other rows.")]
+
+
+@rewards.command("check")
+def check_rewards(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the task to try.")] = 8,
+    seed: Seed = 0,
+    gold: Gold = None,
+    known_good: KnownGood = None,
+    overrides: Set = None,
+) -> None:
+    """Try completions of known worth on a run's rewards, as training does before step 0; exits 1 on a failure."""
+    with _messages():
+        _quiet_libraries()
+        from .config_load import load_config
+        from .trainer.rewards_command import check_config
+
+        result = check_config(
+            load_config(config, overrides or []), rows=rows, seed=seed, gold=gold, known_good=known_good
+        )
+        for line in result.lines():
+            print(line)
+        raise typer.Exit(1 if result.failed else 0)
+
+
+@rewards.command("audit")
+def audit_rewards(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the task to try.")] = 32,
+    seed: Seed = 0,
+    gold: Gold = None,
+    known_good: KnownGood = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Ids or families of probes, e.g. Z,P1.")] = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="Ids or families to leave out.")] = None,
+    report: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings there.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Probe a run's rewards for what a policy could exploit; exits 1 if a probe fails."""
+    with _messages():
+        _quiet_libraries()
+        from .config_load import load_config
+        from .trainer.rewards_command import audit_config, show_audit
+
+        found = audit_config(
+            load_config(config, overrides or []), rows=rows, seed=seed, gold=gold, known_good=known_good,
+            only=only or [], without=skip or [],
+        )  # fmt: skip
+        show_audit(found, report)
+        raise typer.Exit(1 if found.failed else 0)
+
+
 def _train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
     _quiet_libraries()
     from .trainer.loop import train as run
@@ -162,9 +224,9 @@ def _show_plan(config: Config) -> None:
 
 def _finish(summary: dict[str, Any], folder: Path) -> None:
     print(f"run folder: {folder}")
-    if summary["stopped"] == "interrupted":
+    if summary["stopped"] in ("interrupted", "paused"):
         again = f"strop train {folder / 'config.resolved.yaml'} --out {folder} --resume"
-        print(f"stopped after step {summary['steps']}; go on with: {again}")
+        print(f"{summary['stopped']} after step {summary['steps']}; go on with: {again}")
         raise typer.Exit(130)
 
 

@@ -6,9 +6,10 @@ numbers that follow from it and from the machine live in the `Plan`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+import difflib
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _as_tuple(value: Any) -> Any:
@@ -23,6 +24,45 @@ def _names_as_tuple(value: Any) -> Any:
 
 StrList = Annotated[tuple[str, ...], BeforeValidator(_names_as_tuple)]
 FloatList = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+
+MonitorAction = Literal["warn", "pause", "stop"]
+DiagnosisName = Literal[
+    "budget_too_small", "truncated", "reward_length_correlation", "wrong_answers_grow", "wrong_right_length_ratio",
+    "no_signal", "all_right", "repetition", "shaping_sign_flips", "unscored", "format_share", "answer_collapse",
+    "held_out_flat", "entropy_collapse", "entropy_rise", "gradient_spike", "logprob_mismatch",
+]  # fmt: skip
+"""What a run can be diagnosed with; measured and explained in `monitor.diagnoses`."""
+
+
+def _off_as_text(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+def _known_diagnoses(value: Any) -> Any:
+    """Refuse a name that is no diagnosis, with the nearest one."""
+    known = get_args(DiagnosisName)
+    for name in cast("dict[Any, Any]", value) if isinstance(value, dict) else ():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+            nearest = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(known)}"
+            raise ValueError(f"`{name}` is not a diagnosis; {nearest}")
+    return cast("Any", value)
+
+
+def _warn_and_act(value: tuple[float, ...]) -> tuple[float, ...]:
+    if len(value) != 2 or value[0] > value[1]:
+        raise ValueError("two numbers are needed, [warn, act], the first no larger than the second")
+    return value
+
+
+MonitorChoice = Literal["warn", "pause", "stop", "off"]
+ActionByName = Annotated[
+    dict[DiagnosisName, Annotated[MonitorChoice, BeforeValidator(_off_as_text)]], BeforeValidator(_known_diagnoses)
+]
+ThresholdsByName = Annotated[
+    dict[DiagnosisName, Annotated[FloatList, AfterValidator(_warn_and_act)]], BeforeValidator(_known_diagnoses)
+]
 
 
 class Section(BaseModel):
@@ -43,6 +83,12 @@ class ModelConfig(Section):
     """A model folder, a Hugging Face id, or `demo`: the small reasoning model that ships with Strop."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and activations. `auto`: float32 on a CPU, bfloat16 on a CUDA card that has it."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the linear layers' weights in 4 bits, for engine and trainer both (QLoRA); needs adapters."""
+    head: Literal["16bit", "int8"] = "16bit"
+    """Output head: `int8` halves its memory and moves log-probabilities by about 0.003. Tied: the embedding as well."""
+    embedding: Literal["card", "host", "int8"] = "card"
+    """Input embedding: on the card, in pinned host memory (none of the card's; not for a tied model), or in 8 bits."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What generates completions. `auto`: vLLM where it is installed, else transformers."""
 
@@ -105,11 +151,27 @@ class RewardsConfig(Section):
     """Functions that score completions."""
 
     funcs: StrList = ()
-    """Built-in names, `package.module:function` or `path.py:function`, in TRL's signature; empty: the task's own."""
+    """Built-in names, `path.py:function` or `package.module:function`; more in docs/rewards.md. Empty: the task's own."""
     weights: FloatList = ()
     """One per function; 0 means logged only. Empty: all 1."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Parameters of a function by its name, e.g. `soft_overlong: {cache: 64}`; docs/rewards.md."""
+    gated: Annotated[tuple[str, ...] | None, BeforeValidator(_names_as_tuple)] = None
+    """Functions that count only where the answer is right. null: those declared `format`; []: none."""
+    length_shaping: Literal["polarity_bonus", "none"] = "polarity_bonus"
+    """What favours short right answers, without a length reward: a bonus on their advantages; see docs/length.md."""
+    length_shaping_weight: float = Field(default=0.1, gt=0, le=1)
+    """Largest growth of an advantage by the bonus, as a part of it."""
+    length_shaping_from: float = Field(default=0.3, ge=0, le=1)
+    """The bonus acts in steps in which at least this share of the completions is right."""
+    check: bool = True
+    """Try a few completions of known worth before step 0 and stop on what cannot be meant; docs/audit.md."""
+    allow: StrList = ()
+    """Findings of the check of reward functions that are not to stop a run, by their names; docs/length.md."""
     timeout_s: float = Field(default=10.0, gt=0)
-    """Limit per completion and function call; past it the completion is unscored, never 0."""
+    """Limit per function call; past it the completion (of a group function: the group) is unscored, never 0."""
+    memory_gib: float = Field(default=4.0, gt=0)
+    """Address space of a worker beyond what it has once the functions are loaded; past it a call fails."""
     workers: int = Field(default=1, ge=1, le=64)
     """Processes that score while others still decode."""
 
@@ -123,6 +185,8 @@ class RolloutConfig(Section):
     """G: completions per problem; the group that advantages are relative to."""
     max_completion_length: int = Field(default=512, ge=1)
     """Most tokens of a completion, the stop token included."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Completions decoded at a time; null: planned. The others of a step wait for a place."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the trainer divides its logits by it as well."""
     top_p: float = 1.0
@@ -173,6 +237,10 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     """AdamW with fp32 masters; the learning rate is a function of the step alone."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps both moments in 8 bits: 2 bytes instead of 8 per trained weight."""
+    master: Literal["fp32", "kahan"] = "fp32"
+    """With `lora.r: 0` in 16 bits: an fp32 copy of each weight, or (`kahan`) its rounding error in 16 bits, half of it."""
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -191,6 +259,8 @@ class OptimConfig(Section):
     """Gradients are scaled down to this norm."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per forward and backward pass; null: planned. Changes no gradient beyond float order."""
+    checkpoint_layers: int | None = Field(default=None, ge=0)
+    """Layers that keep only their input for backward and run again there; null: as few as the memory allows."""
     share_prompt: bool = True
     """Pass a group's prompt through the layers once instead of once per completion."""
 
@@ -222,6 +292,9 @@ class RunConfig(Section):
     """CPU threads for torch and vLLM; 0: planned. Part of the promise of bit-equal resume."""
     vram_gib: float | None = Field(default=None, gt=0)
     """The one memory dial: GPU memory that the process may use; null: what is free. Unused on a CPU."""
+    deterministic: bool = False
+    """On a card: only kernels that give the same bits each time, so that a resumed run ends with the same bytes. Costs
+    step time; on a CPU it is always so."""
     report_to: Annotated[tuple[Literal["tensorboard", "none"], ...], BeforeValidator(_names_as_tuple)] = (
         "tensorboard",
     )
@@ -239,6 +312,23 @@ class RunConfig(Section):
         return self
 
 
+class MonitorConfig(Section):
+    """What is watched while a run trains, and what happens when something is found; see docs/monitors.md."""
+
+    action: MonitorAction = "warn"
+    """What happens when a diagnosis reaches its act threshold: `warn` says so, `pause` writes a checkpoint and ends the
+    run so that it can be resumed, `stop` does the same with an error."""
+    actions: ActionByName = Field(default_factory=dict[DiagnosisName, MonitorChoice])
+    """The same for single diagnoses, e.g. `truncated: pause`; `off` never mentions one."""
+    thresholds: ThresholdsByName = Field(default_factory=dict[DiagnosisName, tuple[float, ...]])
+    """Thresholds of single diagnoses as `[warn, act]`, e.g. `truncated: [0.2, 0.5]`."""
+    window: int = Field(default=20, ge=2, le=1000)
+    """Steps that are averaged; trends are taken over two and a half and five times as many."""
+    canary_steps: int = Field(default=100, ge=0)
+    """Steps between two checks that the reward functions still give sixteen stored completions the same verdicts; 0:
+    never."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -250,6 +340,7 @@ class Config(Section):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -274,6 +365,14 @@ class Config(Section):
             raise ValueError(
                 "lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r"
             )
+        packed = {"quantization": "none", "head": "16bit", "embedding": "card"}
+        for key, plain in packed.items() if self.lora.r == 0 else ():
+            given = getattr(self.model, key)
+            if given != plain:
+                raise ValueError(
+                    f"model.{key} is {given} while lora.r is 0, which trains all weights; packed weights cannot be "
+                    "trained themselves, so adapters are needed (lora.r 16)"
+                )
         if self.objective.mask_truncated_completions and self.rollout.max_completion_length < 2:
             raise ValueError("with max_completion_length 1 every completion is truncated and would be masked")
         return self

@@ -81,6 +81,8 @@ NOT_OURS: Mapping[str, str] = {
     "vllm_enable_sleep_mode": "the KV cache is planned beside the training memory (`strop plan`); remove the key",
     "gradient_checkpointing": "micro-batches are planned to fit without it; optim.micro_batch_tokens pins their size",
     "use_peft": "set lora.r (0 trains all weights)",
+    "load_in_4bit": "set model.quantization to nf4",
+    "load_in_8bit": "set model.quantization to nf4 (4 bits), or model.head to int8 for the output head",
     "num_train_epochs": "set run.max_steps; a step visits rollout.num_prompts problems",
     "resume_from_checkpoint": "use `strop train CONFIG --resume`",
 }

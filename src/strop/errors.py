@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 Every message says what was given and what is needed; `hint` names the setting to change. The command prints both and
-exits 2 without a traceback. An exception that is not a `StropError` is a bug of ours and keeps its traceback.
+exits with `exit_code`, without a traceback. An exception that is not a `StropError` is a bug of ours and keeps its traceback.
 Each class also derives from the built-in error that plain Python code would expect in its place.
 """
 
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 class StropError(Exception):
     """Base of all errors meant for a user. `hint` says which setting to change; it may be empty."""
+
+    exit_code = 2
+    """Of the command: 2, or 1 where a run was ended on purpose."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -52,5 +55,15 @@ class CheckpointError(RunError):
     """A checkpoint cannot be written or read back."""
 
 
+class DiagnosisError(StropError, RuntimeError):
+    """A monitor found what the user chose to stop for; a checkpoint is written."""
+
+    exit_code = 1
+
+
 class DivergenceError(StropError, ArithmeticError):
     """Losses or gradients were not finite several steps in a row."""
+
+
+class MemoryExhaustedError(StropError, MemoryError):
+    """Training needs more memory than there is, in however small pieces."""

@@ -15,6 +15,7 @@ import torch
 
 from .engine.base import Engine
 from .errors import ModelError
+from .policy import nf4
 from .policy.lora import LoraLinear
 from .policy.policy import Policy
 
@@ -26,6 +27,7 @@ def alias_parameters(model: torch.nn.Module, engine: Engine) -> None:
     not be the same model.
     """
     views = engine.base_views()
+    nf4.adopt(model, views, next(model.parameters()).dtype)
     shared: dict[int, torch.nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         view = views.get(name)
@@ -82,10 +84,11 @@ class SharedWeights:
         ]
         adapter_parameters = {id(p) for a in self._policy.adapters.values() for p in (a.lora_A, a.lora_B)}
         outside = 0
-        for parameter in self._policy.model.parameters():
-            if id(parameter) in adapter_parameters:
+        model = self._policy.model
+        for tensor in [*model.parameters(), *nf4.quantised_tensors(model)]:
+            if id(tensor) in adapter_parameters:
                 continue
-            start, size = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+            start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
             if not any(base <= start and start + size <= base + length for base, length in regions):
                 outside += size
         return outside

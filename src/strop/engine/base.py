@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..types import FinishReason, Request, Rollout, Sampling, Segment
 
@@ -31,6 +31,22 @@ class EngineSettings:
     lora_rank: int
     """0: no adapter."""
     lora_target_modules: tuple[str, ...]
+    runner: Literal["v1", "v2"] = "v1"
+    """vLLM's model runner; on a CPU only `v1`."""
+    release_kv: bool = False
+    """Keep the KV cache in memory that `release_memory` gives back."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on a card."""
+    load_format: str | None = None
+    """vLLM's `load_format`; None leaves it to vLLM, `dummy` makes random weights."""
+    quantization: Literal["none", "nf4"] = "none"
+    """How the linear layers' weights are held."""
+    kept_modules: tuple[str, ...] = ()
+    """Modules whose weights stay in 16 bit under `nf4`."""
+    head: Literal["16bit", "int8"] = "16bit"
+    """How the output head is held."""
+    embedding: Literal["card", "host", "int8"] = "card"
+    """How and where the input embedding is held."""
 
 
 @dataclass(frozen=True, slots=True)

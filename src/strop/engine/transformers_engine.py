@@ -100,7 +100,8 @@ class TransformersEngine:
 
     def base_views(self) -> Mapping[str, torch.Tensor]:
         """Return the model's own parameters, which the trainer uses as they are."""
-        return {name: p.data for name, p in self._model.named_parameters(remove_duplicate=False)}
+        named = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers()]
+        return {name: tensor.data for name, tensor in named}
 
     def adapter_slots(self) -> Mapping[str, AdapterSlot]:
         """Return nothing: the adapter modules are part of the model."""

@@ -16,6 +16,9 @@ from ..errors import EngineError
 TESTED = {"cpu": ("0.32", "2.13"), "cuda": ("0.26", "2.11")}
 """Device -> (vLLM, torch): the two ends that are run by the tests and the benches."""
 
+RUNNERS = {"cpu": "v1", "cuda": "v2"}
+"""Device -> vLLM's model runner. See docs/decisions.md for why."""
+
 
 def vllm_version() -> str | None:
     """Return the version of the installed vLLM, whatever its distribution is called, or None."""
@@ -39,14 +42,17 @@ def untested_pair(device: str) -> str | None:
     )
 
 
-def prepare_environment(device: str, threads: int) -> None:
-    """Set what vLLM reads from the environment; has to run before vLLM is imported. Values set by the user win."""
+def prepare_environment(device: str, threads: int, runner: str | None = None) -> None:
+    """Set what vLLM reads from the environment; has to run before vLLM is imported. Values set by the user win.
+
+    Only the model runner (default: the device's in `RUNNERS`) is not the user's to choose: its class is asserted later.
+    """
     defaults = {
         # The engine has to live in this process: its model is shared with the trainer.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # V1 is the runner whose weights, LoRA slots and sampler we know; 0.26 on CUDA would take V2 by itself.
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # Its sampler is off whenever log-probabilities are asked for; without the package, asking for it is an error.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -56,6 +62,7 @@ def prepare_environment(device: str, threads: int) -> None:
         defaults["OMP_NUM_THREADS"] = str(threads)
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if (runner or RUNNERS[device]) == "v2" else "0"
     # Before vLLM sets its loggers up, one of its modules warns that Triton has no CPU backend: nothing to act on.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     forced = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
@@ -66,12 +73,100 @@ def prepare_environment(device: str, threads: int) -> None:
         )
 
 
-def patch(device: str) -> None:
-    """Apply the patches that training on this device needs; idempotent."""
-    _count_ranks_eagerly()
+def patch(device: str, runner: str, *, deterministic: bool = False) -> None:
+    """Apply the patches that training on this device with this model runner needs; idempotent."""
+    if runner == "v2":
+        _build_our_runner()
+        _temper_in_fp32()
+        _capture_with_the_adapter_only()
+    else:
+        if deterministic and device == "cuda":
+            _shrink_without_atomics()
+        _count_ranks_eagerly()
     if device == "cpu":
         _keep_plain_weights()
-        _multiply_one_adapter_at_once()
+
+
+def assert_runner(model_runner: Any, device: str, runner: str) -> None:
+    """Raise EngineError when vLLM built another model runner than the chosen one."""
+    # vLLM's two classes have the same name in modules of other names; on the second one ours is built.
+    module = {"v1": f"vllm.v1.worker.{'cpu' if device == 'cpu' else 'gpu'}_model_runner",
+              "v2": "strop.engine.vllm_runner"}[runner]  # fmt: skip
+    found = type(model_runner)
+    if found.__module__ != module:
+        raise EngineError(
+            f"vLLM runs {found.__module__}.{found.__name__}, {module} is needed",
+            hint="install the tested pair of vLLM and torch; `strop doctor` names it",
+        )
+
+
+def _build_our_runner() -> None:
+    """Let vLLM's worker build `RolloutRunner`, a subclass of its second model runner.
+
+    There is an option for the worker's class, none for the runner's; the worker imports it by name when it starts.
+    """
+    import vllm.v1.worker.gpu.model_runner as module
+
+    from .vllm_runner import RolloutRunner
+
+    _expect(module, "GPUModelRunner")
+    module.GPUModelRunner = RolloutRunner
+
+
+def _shrink_without_atomics() -> None:
+    """Let the LoRA kernel that multiplies by A add up in one order.
+
+    Symptom: two rollouts from the same seeds differ, since the kernel splits the inner dimension into up to 64 parts
+    whose sums reach memory by atomic additions in any order. Seen in 0.26 (lora/ops/triton_ops/utils.py, split_k). The
+    switch that vLLM reads for this is that of its batch-invariant mode, which would replace the other kernels as well.
+    Can go when there is an option for it.
+    """
+    import vllm.lora.ops.triton_ops.utils as lora_utils
+
+    _expect(lora_utils, "is_batch_invariant")
+    lora_utils.is_batch_invariant = True
+
+
+def _temper_in_fp32() -> None:
+    """Divide logits by the temperature in fp32.
+
+    Symptom: the second model runner divides bf16 logits in place, so at a temperature other than 1 they are rounded
+    again and the sampled distribution moves away from the trainer's by up to 0.4 % of a logit. Seen in 0.26
+    (v1/worker/gpu/sample/sampler.py, `Sampler.sample`). Can go when vLLM keeps tempered logits in fp32.
+    """
+    import numpy as np
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    _expect(Sampler, "sample")
+    if getattr(Sampler.sample, "_strop", False):
+        return
+    original = Sampler.sample
+
+    def sample(self: Any, logits: Any, expanded_idx_mapping: Any, idx_mapping_np: Any, *args: Any, **kwargs: Any) -> Any:
+        temperatures = self.sampling_states.temperature.np[idx_mapping_np]
+        if not np.all((temperatures == 0.0) | (temperatures == 1.0)):
+            logits = logits.float()
+        return original(self, logits, expanded_idx_mapping, idx_mapping_np, *args, **kwargs)
+
+    sample._strop = True  # type: ignore[attr-defined]
+    Sampler.sample = sample
+
+
+def _capture_with_the_adapter_only() -> None:
+    """Capture no CUDA graphs without adapters when there is one.
+
+    Symptom: with LoRA the second model runner captures each size twice, with and without adapters; in a run the
+    adapter is always on, so half of the capture time and of the graphs' memory is for nothing. Seen in 0.26
+    (v1/worker/gpu/lora_utils.py, `get_lora_capture_cases`). Can go when there is an option for it.
+    """
+    import vllm.v1.worker.gpu.model_runner as runner
+
+    _expect(runner, "get_lora_capture_cases")
+
+    def cases(lora_config: Any, compilation_config: Any) -> list[int]:
+        return [0] if lora_config is None else [lora_config.max_loras + 1]
+
+    runner.get_lora_capture_cases = cases
 
 
 def _keep_plain_weights() -> None:
@@ -107,59 +202,6 @@ def _count_ranks_eagerly() -> None:
         return (x >= values).sum(-1)
 
     setattr(sampler, "batched_count_greater_than", count)  # noqa: B010 (not in the module's public names)
-
-
-def _multiply_one_adapter_at_once() -> None:
-    """Multiply by the one resident adapter instead of gathering a copy of it for every token.
-
-    Symptom: decoding with LoRA on a CPU is three times slower than without, all of it in `bgmv_*`, which index the
-    stacked adapters by token. Seen in 0.32 (lora/ops/torch_ops/lora_ops.py). The engine is built with one slot, and
-    every request of a batch uses it, so slot 0 is every token's. Can go when vLLM groups tokens by adapter on a CPU.
-    """
-    import torch
-    import vllm.lora.punica_wrapper.punica_cpu as punica
-
-    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice", "sgmv_shrink", "sgmv_expand", "sgmv_expand_slice"):
-        _expect(punica, name)
-
-    def product(x: torch.Tensor, stacked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        assert stacked.shape[0] == 1, f"{stacked.shape[0]} adapter slots, one is needed"
-        return torch.nn.functional.linear(x.to(dtype), stacked.flatten(0, -3)[0].to(dtype))
-
-    def shrink(x: Any, stacked: Any, out: torch.Tensor, scaling: float) -> None:
-        y = product(x, stacked, out.dtype)
-        out[:, : y.shape[1]] = scaling * y
-
-    def expand(x: Any, stacked: Any, out: torch.Tensor, start: int, size: int | None, add: bool) -> None:
-        y = product(x, stacked, out.dtype)
-        target = out[:, start : start + (y.shape[1] if size is None else size)]
-        target.add_(y) if add else target.copy_(y)
-
-    def bgmv_shrink(x: Any, w: Any, y: Any, indices: Any, scaling: float = 1.0) -> None:
-        shrink(x, w, y, scaling)
-
-    def sgmv_shrink(x: Any, w: Any, y: Any, starts: Any, lens: Any, ids: Any, n: Any, longest: Any, tokens: Any,
-                    scaling: float) -> None:  # fmt: skip
-        shrink(x, w, y, scaling)
-
-    def bgmv_expand(x: Any, w: Any, y: Any, indices: Any, add_inputs: bool = True) -> None:
-        expand(x, w, y, 0, None, add_inputs)
-
-    def sgmv_expand(x: Any, w: Any, y: Any, starts: Any, lens: Any, ids: Any, n: Any, longest: Any, tokens: Any,
-                    add_inputs: bool = False) -> None:  # fmt: skip
-        expand(x, w, y, 0, None, add_inputs)
-
-    def bgmv_expand_slice(
-        x: Any, w: Any, y: Any, indices: Any, offset: int, size: int, add_inputs: bool = True
-    ) -> None:
-        expand(x, w, y, offset, size, add_inputs)
-
-    def sgmv_expand_slice(x: Any, w: Any, y: Any, starts: Any, lens: Any, ids: Any, n: Any, longest: Any, tokens: Any,
-                          offset: int, size: int, add_inputs: bool = False) -> None:  # fmt: skip
-        expand(x, w, y, offset, size, add_inputs)
-
-    for function in (bgmv_shrink, sgmv_shrink, bgmv_expand, sgmv_expand, bgmv_expand_slice, sgmv_expand_slice):
-        setattr(punica, function.__name__, function)
 
 
 def _expect(module: Any, name: str) -> None:

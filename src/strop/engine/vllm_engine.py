@@ -1,21 +1,30 @@
-"""vLLM inside the training process, on the weights that the trainer updates."""
+"""vLLM inside the training process, on the weights that the trainer updates.
+
+Requests go straight to vLLM's engine core and its outputs are taken from there: the layer above it turns token ids into
+text, checks stop strings and builds an output object per token and request, none of which a rollout needs.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import EngineError
+from ..errors import EngineError, MemoryExhaustedError
 from ..types import Request, Rollout, Sampling
-from . import vllm_compat, vllm_weights
+from . import vllm_compat, vllm_lora, vllm_weights
 from .base import AdapterSlot, EngineSettings, Progress, make_rollout
+from .vllm_args import allowed_rank, engine_args
 
 if TYPE_CHECKING:
     import torch
 
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM allows for max_lora_rank; its kernels run over all of it, so the smallest that fits is taken."""
+    from .vllm_memory import KvPool
+    from .vllm_scheduler import Row
+
+MAX_OUT_OF_MEMORY = 3
+"""How often in a run a rollout that ran out of memory is done again with half as many sequences at a time."""
 
 
 class VllmEngine:
@@ -27,126 +36,149 @@ class VllmEngine:
     """Engines closed while another one runs: vLLM's process groups are shared by all of a process, and freeing any
     engine would end them for the others."""
 
-    def __init__(self, settings: EngineSettings, decode: Callable[[Sequence[int]], str], *, device: str) -> None:
-        """Load the model; `decode` turns token ids into text. Raises EngineError with what vLLM said."""
-        self._settings, self._decode, self._device = settings, decode, device
-        vllm_compat.patch(device)
-        try:
-            from vllm.engine.arg_utils import EngineArgs
-            from vllm.v1.engine.llm_engine import LLMEngine
+    def __init__(
+        self,
+        settings: EngineSettings,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        device: str,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Load the model; `decode` turns token ids into text, `note` tells the user what was changed on the way.
 
-            self._llm = LLMEngine.from_engine_args(EngineArgs(**self._engine_args()))
+        Raises EngineError with what vLLM said.
+        """
+        self._settings, self._decode, self._device, self._note = settings, decode, device, note
+        self._pool: KvPool | None = None
+        vllm_compat.patch(device, settings.runner, deterministic=settings.deterministic)
+        try:
+            self._llm = self._build()
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as e:
             raise EngineError(
                 f"vLLM cannot load `{settings.model_path}`: {e}",
                 hint="set model.engine to transformers if this model or machine is not one vLLM supports",
             ) from e
         client: Any = self._llm.engine_core
-        core = client.engine_core
-        self._scheduler = core.scheduler
-        self._runner = core.model_executor.driver_worker.worker.model_runner
-        self._assert_runner()
+        self._core: Any = client.engine_core
+        self._scheduler: Any = self._core.scheduler
+        self._runner: Any = self._core.model_executor.driver_worker.worker.model_runner
+        vllm_compat.assert_runner(self._runner, device, settings.runner)
         self._adapter_request: Any = None
         self._slot = -1
         if settings.lora_rank:
             from vllm.lora.request import LoRARequest
 
-            self._slot = vllm_weights.register_adapter(self._runner, self._allowed_rank())
+            if device == "cpu":  # on a card the runner does it before it captures graphs
+                vllm_lora.combine_all(self._runner)
+            self._slot = vllm_weights.register_adapter(self._runner, allowed_rank(settings.lora_rank))
             # The path is never read: this id is resident already.
             self._adapter_request = LoRARequest("policy", vllm_weights.ADAPTER_ID, "/resident")
         self._count = 0
+        self._out_of_memory = 0
         VllmEngine._alive += 1
 
-    def _engine_args(self) -> dict[str, Any]:
-        s = self._settings
-        args: dict[str, Any] = {
-            "model": s.model_path,
-            "skip_tokenizer_init": True,
-            "dtype": s.dtype,
-            "max_model_len": s.max_model_len,
-            "max_num_seqs": s.max_num_seqs,
-            "max_num_batched_tokens": s.max_num_batched_tokens,
-            "kv_cache_memory_bytes": s.kv_cache_bytes,
-            "enable_prefix_caching": True,
-            # After temperature: what the token was drawn with, and what the trainer computes.
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "seed": s.seed % 2**31,
-        }
-        if s.block_size is not None:
-            args["block_size"] = s.block_size
-        if self._device == "cpu":
-            args["enforce_eager"] = True
-            # vLLM 0.32 raises "CPU Generator does not use offset" when a seeded request is prefilled in pieces.
-            args["enable_chunked_prefill"] = False
-        else:
-            # The KV cache has its bytes, so this share of the card reserves nothing; but vLLM does not start when less
-            # than that is free, and its default of 92 % is more than a card with a desktop on it has.
-            args["gpu_memory_utilization"] = 0.01
-            # CUDA graphs for decoding without Inductor: most of the speed for a fraction of the start-up.
-            args["compilation_config"] = {
-                "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": _graph_sizes(s.max_num_seqs),
-                # The adapter is always on, so graphs without it would never be replayed.
-                "cudagraph_specialize_lora": False,
-            }
-        if s.lora_rank:
-            args |= {
-                "enable_lora": True,
-                "max_loras": 1,
-                "max_lora_rank": self._allowed_rank(),
-                # Named, so that vLLM leaves the embedding and the head unwrapped.
-                "lora_target_modules": list(s.lora_target_modules),
-            }
-        return args
+    def _build(self) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
 
-    def _allowed_rank(self) -> int:
-        return next(r for r in _RANKS if r >= self._settings.lora_rank)
+        args = EngineArgs(**engine_args(self._settings, self._device))
+        if not self._settings.release_kv:
+            return LLMEngine.from_engine_args(args)
+        from .vllm_memory import KvPool, install
 
-    def _assert_runner(self) -> None:
-        # V2's classes have the same names in modules of other names.
-        expected = {"cpu": "vllm.v1.worker.cpu_model_runner", "cuda": "vllm.v1.worker.gpu_model_runner"}[self._device]
-        runner = type(self._runner)
-        if runner.__module__ != expected:
-            raise EngineError(
-                f"vLLM runs {runner.__module__}.{runner.__name__}, its V1 runner {expected} is needed",
-                hint="unset VLLM_USE_V2_MODEL_RUNNER",
-            )
+        self._pool = KvPool()
+        uninstall = install(self._pool, self._settings.runner)
+        try:
+            return LLMEngine.from_engine_args(args)
+        finally:
+            uninstall()
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, policy_version: int, progress: Progress | None = None
     ) -> Iterator[Rollout]:
-        """Yield completions as they finish; see `Engine.generate`."""
+        """Yield completions as they finish; see `Engine.generate`.
+
+        A rollout that runs out of memory is done again with fewer sequences at a time: the same requests, except those
+        that were finished. Raises MemoryExhaustedError when that has happened three times.
+        """
+        import torch
+
         self._start_drained(requests)
-        waiting = {}
-        for request in requests:
-            self._count += 1
-            waiting[str(self._count)] = request
-            self._llm.add_request(
-                str(self._count),
-                {"prompt_token_ids": list(request.problem.prompt_token_ids)},
-                self._sampling_params(request, sampling),
-                lora_request=self._adapter_request,
-            )
+        left = dict(enumerate(requests))
+        with _no_garbage_collection():
+            while left:
+                try:
+                    with closing(self._stream(dict(left), sampling, policy_version, progress)) as stream:
+                        for number, rollout in stream:
+                            del left[number]
+                            yield rollout
+                except torch.OutOfMemoryError as e:
+                    self._shrink(e)
+
+    def _stream(
+        self, requests: Mapping[int, Request], sampling: Sampling, policy_version: int, progress: Progress | None
+    ) -> Generator[tuple[int, Rollout]]:
+        from .vllm_scheduler import Row
+
+        core, sink = self._core, self._scheduler.sink
+        waiting: dict[str, int] = {}
+        cached: dict[str, int] = {}
         try:
+            for number, request in requests.items():
+                self._count += 1
+                name = str(self._count)
+                waiting[name] = number
+                sink[name] = Row()
+                self._add(name, request, sampling)
             while waiting:
-                outputs = self._llm.step()
+                outputs, executed = core.step_fn()
+                core.post_step(executed)
                 if progress is not None:
                     progress(len(waiting), len(self._scheduler.running))
-                for output in outputs:
-                    if output.finished:
-                        yield self._rollout(waiting.pop(output.request_id), output, policy_version)
+                for output in outputs[0].outputs if outputs else ():
+                    row = sink[output.request_id]
+                    if output.new_token_ids:
+                        row.token_ids += output.new_token_ids
+                        row.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+                    if output.prefill_stats is not None:
+                        cached[output.request_id] = output.prefill_stats.num_cached_tokens
+                    if output.finish_reason is not None:
+                        number = waiting.pop(output.request_id)
+                        del sink[output.request_id]
+                        hits, reason = cached.pop(output.request_id, 0), str(output.finish_reason)
+                        yield number, self._rollout(requests[number], row, reason, policy_version, hits)
         finally:
+            sink.clear()
             if waiting:
-                self._llm.abort_request(list(waiting))
+                core.abort_requests(list(waiting))
+
+    def _add(self, name: str, request: Request, sampling: Sampling) -> None:
+        from vllm.v1.engine import EngineCoreRequest
+
+        core_request = EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=list(request.problem.prompt_token_ids),
+            mm_features=None,
+            sampling_params=self._sampling_params(request, sampling),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=self._adapter_request,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self._core.add_request(*self._core.preprocess_add_request(core_request))
 
     def _start_drained(self, requests: Sequence[Request]) -> None:
         import torch
 
-        if self._llm.has_unfinished_requests():
+        if self._scheduler.has_unfinished_requests():
             raise EngineError("a rollout was started while another one is still running")
+        longest = max((len(r.problem.prompt_token_ids) for r in requests), default=0)
+        if longest >= self._settings.max_model_len:
+            raise EngineError(
+                f"a prompt has {longest} tokens, the engine was built for {self._settings.max_model_len} in all",
+                hint="task.max_prompt_length and rollout.max_completion_length set that number",
+            )
         self.reset_prefix_cache()
         if self._device == "cpu" and requests:
             # vLLM's CPU sampler draws from torch's global generator beside the requests' own.
@@ -154,7 +186,6 @@ class VllmEngine:
 
     def _sampling_params(self, request: Request, sampling: Sampling) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=sampling.temperature,
@@ -162,38 +193,73 @@ class VllmEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             seed=request.seed if sampling.temperature > 0 else None,
             logprobs=0,
-            # One list per completion instead of one dictionary per token.
-            flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _rollout(self, request: Request, output: Any, policy_version: int) -> Rollout:
-        completion = output.outputs[0]
-        token_ids = list(completion.token_ids)
-        if completion.finish_reason not in ("stop", "length") or not token_ids:
+    def _rollout(self, request: Request, row: Row, finish_reason: str, policy_version: int, hits: int) -> Rollout:
+        if finish_reason not in ("stop", "length") or not row.token_ids:
             raise EngineError(
-                f"vLLM ended problem `{request.problem.id}` with `{completion.finish_reason}` "
-                f"after {len(token_ids)} tokens",
+                f"vLLM ended problem `{request.problem.id}` with `{finish_reason}` after {len(row.token_ids)} tokens",
                 hint="rollout.max_completion_length and task.max_prompt_length have to fit the model's context",
             )
-        logprobs = completion.logprobs.logprobs
-        ids = completion.logprobs.token_ids
-        if list(ids) != token_ids:
+        if len(row.logprobs) != len(row.token_ids):
             raise EngineError("vLLM's log-probabilities are not those of the sampled tokens")
         return make_rollout(
             request,
-            token_ids,
-            logprobs,
-            text=self._decode(token_ids),
-            finish_reason=completion.finish_reason,
+            row.token_ids,
+            row.logprobs,
+            text=self._decode(row.token_ids),
+            finish_reason=finish_reason,
             policy_version=policy_version,
-            num_cached_tokens=output.num_cached_tokens or 0,
+            num_cached_tokens=hits,
         )
+
+    def _shrink(self, error: Exception) -> None:
+        """Forget what was running and halve what runs at a time; the third time, stop with advice."""
+        import torch
+
+        self._out_of_memory += 1
+        before = self._scheduler.max_num_running_reqs
+        if self._out_of_memory >= MAX_OUT_OF_MEMORY or before == 1:
+            raise MemoryExhaustedError(
+                f"out of GPU memory while generating, {self._out_of_memory} times in this run; the last time with "
+                f"{before} sequences at a time: {error}",
+                hint="run.vram_gib: lower it so that the plan leaves more room, or end what else uses the card; "
+                "rollout.max_completion_length or rollout.num_generations: lower them",
+            ) from error
+        on_card = self._device != "cpu"
+        if on_card:
+            torch.cuda.synchronize()
+        if self._core.batch_queue:
+            self._core.batch_queue.clear()
+        self._runner.execute_model_state = None
+        self._drain()
+        gc.collect()
+        if on_card:
+            torch.cuda.empty_cache()
+        self.limit_concurrency(max(1, before // 2))
+        self._note(
+            f"out of GPU memory while generating: the same completions are generated again, "
+            f"{max(1, before // 2)} at a time instead of {before}"
+        )
+
+    def limit_concurrency(self, num_seqs: int) -> None:
+        """Decode at most `num_seqs` completions at a time from now on, and prefill in smaller pieces on a card."""
+        scheduler = self._scheduler
+        scheduler.max_num_running_reqs = num_seqs
+        if hasattr(scheduler, "max_num_active_reqs"):
+            scheduler.max_num_active_reqs = num_seqs
+        if self._device != "cpu":
+            scheduler.max_num_scheduled_tokens = max(num_seqs, scheduler.max_num_scheduled_tokens // 2)
+
+    def _drain(self) -> None:
+        """Step until nothing is under way: vLLM plans a step ahead, and tells its runner of aborts in the next one."""
+        while self._core.batch_queue or self._scheduler.has_requests():
+            self._core.step_fn()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached keys and values; raises EngineError while requests are running."""
-        if not self._llm.reset_prefix_cache():
+        if not self._scheduler.reset_prefix_cache():
             raise EngineError("vLLM refused to reset its prefix cache: requests are still running")
 
     def base_views(self) -> Mapping[str, torch.Tensor]:
@@ -206,14 +272,39 @@ class VllmEngine:
             return {}
         return vllm_weights.adapter_views(self._runner, self._slot, self._settings.lora_rank)
 
+    @property
+    def releasable_bytes(self) -> int:
+        """Bytes of the KV cache that `release_memory` gives back; 0 where it stays mapped."""
+        return self._pool.num_bytes if self._pool is not None else 0
+
     def release_memory(self) -> None:
-        """Keep the KV cache mapped; the plan counts its bytes beside those of training."""
+        """Unmap the KV cache; nothing where it stays mapped. Raises EngineError while requests are running."""
+        if self._pool is None:
+            return
+        if self._scheduler.has_unfinished_requests():
+            raise EngineError("the KV cache was to be released while requests are still running")
+        self._drain()
+        self.reset_prefix_cache()
+        self._pool.release()
 
     def restore_memory(self) -> None:
-        """See `release_memory`."""
+        """Map the KV cache again, empty. Raises MemoryExhaustedError when the card has no room for it any more."""
+        import torch
+
+        if self._pool is None:
+            return
+        try:
+            self._pool.restore()
+        except torch.OutOfMemoryError as e:
+            raise MemoryExhaustedError(
+                f"the engine does not get its KV cache back after training: {e}",
+                hint="run.vram_gib: lower it, or end what else took memory on the card since the start",
+            ) from e
 
     def close(self) -> None:
         """Free the engine, and with the last one of the process vLLM's process groups."""
+        if self._pool is not None and self._pool.released:
+            self._pool.restore()  # freeing what is not mapped is an error of the driver
         VllmEngine._alive -= 1
         VllmEngine._parked.append(self._llm)
         if VllmEngine._alive == 0:
@@ -221,14 +312,17 @@ class VllmEngine:
                 llm.engine_core.shutdown()
             VllmEngine._parked.clear()
         self._adapter_request = None
-        del self._llm, self._runner, self._scheduler
+        del self._llm, self._core, self._runner, self._scheduler
         gc.collect()
 
 
-def _graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the batch sizes to capture CUDA graphs for; a batch is padded to the next one, by a quarter at most."""
-    sizes, size = [1, 2, 4], 8
-    while size < max_num_seqs:
-        sizes.append(size)
-        size += max(8, size // 4 // 8 * 8)
-    return [*(s for s in sizes if s < max_num_seqs), max_num_seqs]
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python from searching its heap for cycles between two decode steps; a step makes none that matter."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -26,8 +26,10 @@ def parameter_views(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         module = model.get_submodule(path)
         name = path.removesuffix(".base_layer")
         parent, _, last = name.rpartition(".")
-        if last in packed:
-            for part, view in _row_slices(full_name, parameter, module, packed[last]):
+        if leaf == "weight" and (hasattr(module, "nf4") or hasattr(module, "int8")):
+            views |= _quantised_views(name, module, packed.get(last))
+        elif last in packed:
+            for part, view in _row_slices(full_name, parameter.data, module, packed[last]):
                 views[f"{parent}.{part}.{leaf}"] = view
         elif hasattr(module, "org_vocab_size"):  # the vocabulary is padded to a multiple of 64
             views[f"{name}.{leaf}"] = parameter.data[: module.org_vocab_size]
@@ -36,16 +38,33 @@ def parameter_views(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return views
 
 
+def _quantised_views(name: str, module: Any, parts: list[str] | None) -> dict[str, torch.Tensor]:
+    """Return both tensors of a quantised weight by part: `packed` and `absmax`, or `values` and `scale`."""
+    if hasattr(module, "int8"):
+        rows = module.int8.rows(0, module.org_vocab_size)
+        return {f"{name}.values": rows.values, f"{name}.scale": rows.scale}
+    parent = name.rpartition(".")[0]
+    views = {}
+    for leaf in ("packed", "absmax"):
+        tensor: torch.Tensor = getattr(module.nf4, leaf)
+        if parts is None:
+            views[f"{name}.{leaf}"] = tensor
+            continue
+        for part, view in _row_slices(name, tensor, module, parts):
+            views[f"{parent}.{part}.{leaf}"] = view
+    return views
+
+
 def _row_slices(
-    name: str, parameter: torch.nn.Parameter, module: Any, parts: list[str]
+    name: str, tensor: torch.Tensor, module: Any, parts: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     sizes = [int(size) for size in module.output_sizes]
-    if len(sizes) != len(parts) or sum(sizes) != parameter.shape[0]:
+    if len(sizes) != len(parts) or sum(sizes) != tensor.shape[0]:
         raise EngineError(
-            f"vLLM's `{name}` has {parameter.shape[0]} rows for parts {parts} of sizes {sizes}; they cannot be shared",
+            f"vLLM's `{name}` has {tensor.shape[0]} rows for parts {parts} of sizes {sizes}; they cannot be shared",
             hint="set model.engine to transformers",
         )
-    yield from zip(parts, parameter.data.split(sizes), strict=True)
+    yield from zip(parts, tensor.split(sizes), strict=True)
 
 
 def register_adapter(model_runner: Any, rank: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .probe import CardProcess, look_at_card
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -16,8 +18,12 @@ class Machine:
     name: str
     num_cores: int
     memory_bytes: int
-    """Free memory of the device: RAM on a CPU, VRAM on a card."""
+    """Free memory of the device: RAM on a CPU, VRAM on a card before this process has taken any."""
     supports_bf16: bool
+    total_bytes: int = 0
+    """All memory of a card; 0 where unknown."""
+    processes: tuple[CardProcess, ...] = ()
+    """Who else holds memory of the card, as far as the driver says."""
 
 
 def detect_machine() -> Machine:
@@ -27,8 +33,13 @@ def detect_machine() -> Machine:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return Machine("cuda", torch.cuda.get_device_name(), cores, free, torch.cuda.is_bf16_supported())
+        # In this order: to ask CUDA itself for its free memory makes a context, which takes half a gigabyte of it.
+        properties = torch.cuda.get_device_properties(0)
+        uuid = str(properties.uuid)
+        use = look_at_card(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        free, total = torch.cuda.mem_get_info() if use is None else (use.free_bytes, use.total_bytes)
+        others = use.processes if use is not None else ()
+        return Machine("cuda", properties.name, cores, free, torch.cuda.is_bf16_supported(), total, others)
     available = min(psutil.virtual_memory().available, _container_memory())
     return Machine("cpu", f"CPU with {cores} cores", cores, available, True)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..config import Config
 from ..errors import PlanError
+from .advice import cheapest_change
+from .card import CardNeeds, CardNumbers, plan_card
 from .machine import Machine
 from .shapes import BYTES, GIB, ModelShape
 
@@ -16,16 +18,10 @@ CPU_BLOCK_SIZE = 32
 MIN_BATCHED_TOKENS = 8192
 KEPT = "as the run began, so that it goes on bit-equal"
 MAX_CPU_MICRO_BATCH_TOKENS = 8192
-MAX_MICRO_BATCH_TOKENS = 32768
-CUDA_CONTEXT_BYTES = int(0.8 * GIB)
-CUDA_ENGINE_BYTES = 1 * GIB
-"""vLLM's graphs, its buffers and the workspace of its largest step."""
-LOGIT_ROWS = 1024
-"""Rows of logits that training holds at a time (policy/logprobs.py) ..."""
-LOGIT_COPIES = 4
-"""... and how many fp32 tensors of that size exist at its peak."""
-ACTIVATION_FACTOR = {"cpu": 2.0, "cuda": 1.1}
-"""Training's peak over what autograd keeps: the gradients of a layer, and on a CPU the padded attention of a batch."""
+CPU_ACTIVATION_FACTOR = 2.0
+"""Training's peak over what autograd keeps: the gradients of a layer, and the padded attention of a batch."""
+VISIBLE_BYTES = GIB // 2
+"""Another process on the card is worth a line from here on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +48,13 @@ class Plan:
     block_size: int | None
     micro_batch_tokens: int
     items: tuple[PlanItem, ...]
+    memory_bytes: int = 0
+    """What the process may use: RAM, or memory of the card."""
+    release_kv: bool = False
+    """Give the KV cache's memory back for training."""
+    checkpoint_layers: int = 0
+    logit_rows: int | None = None
+    """Rows of logits that training holds at a time; None leaves it to the policy."""
 
     def lines(self) -> Iterator[str]:
         """Yield one line per number, with its reason."""
@@ -66,7 +69,7 @@ class Plan:
     def promise(self) -> dict[str, Any]:
         """Return the numbers that a bit-equal resume depends on."""
         names = ("dtype", "engine", "threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "block_size",
-                 "micro_batch_tokens")  # fmt: skip
+                 "micro_batch_tokens", "release_kv", "checkpoint_layers", "logit_rows")  # fmt: skip
         return {"device": self.device, **{name: getattr(self, name) for name in names}}
 
 
@@ -84,45 +87,152 @@ def make_plan(
     `kept` is the `promise` of a run that is resumed: its numbers are taken again where they still fit, since what is
     free now decides them otherwise, and results depend on them.
     """
-    items: list[PlanItem] = []
     kept = kept if kept is not None and kept.get("device") == machine.device else {}
 
-    def add(name: str, value: Any, reason: str) -> Any:
-        items.append(PlanItem(name, value, reason))
+    def plan(changed: Config) -> Plan:
+        return _Planning(changed, shape, machine, engine, engine_reason, kept or {}).plan()
+
+    try:
+        return plan(config)
+    except PlanError as e:
+        if e.hint:
+            raise
+        raise PlanError(e.message, hint=cheapest_change(config, machine, plan, tied=shape.tied_embeddings)) from None
+
+
+class _Planning:
+    """Collects numbers and reasons on the way to a Plan."""
+
+    def __init__(
+        self, config: Config, shape: ModelShape, machine: Machine, engine: str, reason: str, kept: Mapping[str, Any]
+    ) -> None:
+        self.config, self.shape, self.machine, self.kept = config, shape, machine, kept
+        self.items: list[PlanItem] = []
+        self.engine = self.add("engine", engine, reason)
+
+    def add(self, name: str, value: Any, reason: str) -> Any:
+        self.items.append(PlanItem(name, value, reason))
         return value
 
-    add("device", machine.device, machine.name)
-    dtype = add("dtype", *_dtype(config, machine))
-    add("engine", engine, engine_reason)
-    threads = add("threads", *_threads(config, machine, kept))
-    max_len = add("max_model_len", *_max_model_len(config, shape))
-    budget = _memory_budget(config, machine)
-    add("memory_gib", round(budget / GIB, 2), _memory_reason(config, machine))
-    fixed = _fixed_bytes(config, shape, dtype)
-    add("weights_gib", round(fixed / GIB, 3), _fixed_reason(config, dtype))
-    if machine.device == "cuda":
-        overhead = _cuda_overhead_bytes(shape)
-        add(
-            "overhead_gib", round(overhead / GIB, 2), "CUDA context, the engine's graphs and buffers, a chunk of logits"
-        )
-        fixed += overhead
-    seqs, kv_bytes, reason = _kv_cache(config, shape, dtype, budget - fixed, max_len, kept)
-    add("max_num_seqs", seqs, reason)
-    add("kv_cache_gib", round(kv_bytes / GIB, 4), f"{seqs} sequences of {max_len} tokens in whole blocks")
-    batched = max(MIN_BATCHED_TOKENS, max_len)
-    add("max_num_batched_tokens", batched, "prompt tokens of one engine step; at least one whole sequence")
-    micro = add(
-        "micro_batch_tokens", *_micro_batch(config, shape, dtype, machine, budget - fixed - kv_bytes, max_len, kept)
+    def plan(self) -> Plan:
+        config, shape, machine = self.config, self.shape, self.machine
+        self.items.insert(0, PlanItem("device", machine.device, machine.name))
+        dtype = self.add("dtype", *_dtype(config, machine))
+        threads = self.add("threads", *_threads(config, machine, self.kept))
+        max_len = self.add("max_model_len", *_max_model_len(config, shape))
+        if (config.optim.micro_batch_tokens or max_len) < max_len:
+            raise PlanError(
+                f"optim.micro_batch_tokens is {config.optim.micro_batch_tokens}, the longest prompt and completion have "
+                f"{max_len} tokens",
+                hint=f"optim.micro_batch_tokens: at least {max_len}, or null to have it planned",
+            )
+        budget = _memory_budget(config, machine)
+        self.add("memory_gib", round(budget / GIB, 2), _memory_reason(config, machine))
+        common = {
+            "device": machine.device, "dtype": dtype, "engine": self.engine, "threads": threads,
+            "max_model_len": max_len, "memory_bytes": budget,
+        }  # fmt: skip
+        rest = self._card(dtype, max_len, budget) if machine.device == "cuda" else self._cpu(dtype, max_len, budget)
+        if config.objective.beta > 0:
+            self.add("reference", *_reference(config, shape, dtype))
+        sharing = "once per group" if config.optim.share_prompt else "repeated"
+        self.add("prompt", sharing, "optim.share_prompt: the layers pass keys and values, so a group's prompt runs once")
+        return Plan(**common, **rest, items=tuple(self.items))
+
+    def _cpu(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
+        config, shape = self.config, self.shape
+        fixed = _fixed_bytes(config, shape, dtype)
+        self.add("weights_gib", round(fixed / GIB, 3), _fixed_reason(config, dtype))
+        seqs, kv_bytes, reason = _kv_cache(config, shape, dtype, budget - fixed, max_len, self.kept)
+        self.add("max_num_seqs", seqs, reason)
+        self.add("kv_cache_gib", round(kv_bytes / GIB, 4), f"{seqs} sequences of {max_len} tokens in whole blocks")
+        batched = max(MIN_BATCHED_TOKENS, max_len)
+        self.add("max_num_batched_tokens", batched, "prompt tokens of one engine step; at least one whole sequence")
+        micro, reason = _micro_batch(config, shape, dtype, budget - fixed - kv_bytes, max_len, self.kept)
+        self.add("micro_batch_tokens", micro, reason)
+        layers = min(config.optim.checkpoint_layers or 0, shape.num_layers)
+        return {
+            "max_num_seqs": seqs, "kv_cache_bytes": kv_bytes, "max_num_batched_tokens": batched,
+            "block_size": CPU_BLOCK_SIZE, "micro_batch_tokens": micro, "checkpoint_layers": layers,
+        }  # fmt: skip
+
+    def _card(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
+        needs = CardNeeds(self.config, self.shape, dtype, max_len)
+        numbers = plan_card(needs, budget, self.kept)
+        for item in card_items(needs, numbers, kept=numbers.max_num_seqs == self.kept.get("max_num_seqs")):
+            self.add(*item)
+        names = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "release_kv", "micro_batch_tokens",
+                 "checkpoint_layers", "logit_rows")  # fmt: skip
+        return {"block_size": None, **{name: getattr(numbers, name) for name in names}}
+
+
+def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterator[tuple[str, Any, str]]:
+    """Yield (name, value, reason) for what is shown of a card's numbers."""
+    n, config, layers = numbers, needs.config, needs.shape.num_layers
+
+    def gib(value: int) -> float:
+        return round(value / GIB, 2)
+
+    yield "weights_gib", gib(needs.weights), _weights_reason(needs)
+    trained = f"rank {config.lora.r} adapters" if config.lora.r else "all weights"
+    moments = " in 8 bits" if config.optim.name == "adamw_8bit" else ""
+    yield "trained_gib", gib(needs.trained), f"{trained}: masters, gradients, AdamW's moments{moments}"
+    yield "overhead_gib", gib(n.fixed_bytes - needs.weights - needs.trained - needs.reference), (
+        "CUDA's context and kernels, the engine's graphs and buffers"
     )
-    if config.objective.beta > 0:
-        add("reference", *_reference(config, shape, dtype))
-    sharing = "once per group" if config.optim.share_prompt else "repeated"
-    add("prompt", sharing, "optim.share_prompt: the layers pass keys and values, so a group's prompt runs once")
-    return Plan(
-        device=machine.device, dtype=dtype, engine=engine, threads=threads, max_model_len=max_len, max_num_seqs=seqs,
-        max_num_batched_tokens=batched, kv_cache_bytes=kv_bytes,
-        block_size=CPU_BLOCK_SIZE if machine.device == "cpu" else None, micro_batch_tokens=micro, items=tuple(items),
+    waves = -(-needs.completions // n.max_num_seqs)
+    reason = "all completions of a step at once" if waves == 1 else (
+        f"{needs.completions} completions in {waves} waves: "
+        + ("rollout.max_num_seqs" if config.rollout.max_num_seqs else "the KV cache of more does not fit")
     )  # fmt: skip
+    yield "max_num_seqs", n.max_num_seqs, KEPT if kept else reason
+    yield "kv_cache_gib", gib(n.kv_cache_bytes), (
+        f"{n.max_num_seqs} completions of {config.rollout.max_completion_length} tokens, a group's prompt held once"
+    )
+    yield "kv_cache", "released" if n.release_kv else "stays mapped", (
+        "given back for training and mapped again: beside it training would need smaller batches or checkpointing"
+        if n.release_kv
+        else "it fits beside training"
+    )
+    yield "max_num_batched_tokens", n.max_num_batched_tokens, "tokens of one engine step; longer prompts go in pieces"
+    yield "micro_batch_tokens", n.micro_batch_tokens, _micro_reason(needs, n, kept)
+    yield "checkpoint_layers", n.checkpoint_layers, _checkpoint_reason(needs, n, layers)
+    yield "logit_rows", n.logit_rows, f"a chunk of {needs.logits(n.logit_rows) / 2**20:.0f} MiB of logits"
+    yield "rollout_peak_gib", gib(n.fixed_bytes + n.rollout_bytes), "with the KV cache, a prefill step and its logits"
+    held = 0 if n.release_kv else n.kv_cache_bytes
+    yield "training_peak_gib", gib(n.fixed_bytes + n.training_bytes + held), (
+        "activations of a micro-batch, one layer's gradients, a chunk of logits"
+        + ("" if n.release_kv else ", beside the KV cache")
+    )
+
+
+def _weights_reason(needs: CardNeeds) -> str:
+    model, shape = needs.config.model, needs.shape
+    linears = "linears in 4 bits" if model.quantization == "nf4" else f"linears in {needs.dtype}"
+    head = "in 8 bits" if model.head == "int8" else f"in {needs.dtype}"
+    if shape.tied_embeddings:
+        return f"the base once: {linears}, embedding and head are one, {head}"
+    where = {"card": f"in {needs.dtype}", "int8": "in 8 bits", "host": "in host memory"}[model.embedding]
+    return f"the base once: {linears}, head {head}, embedding {where}"
+
+
+def _micro_reason(needs: CardNeeds, numbers: CardNumbers, kept: bool) -> str:
+    if needs.config.optim.micro_batch_tokens:
+        return "optim.micro_batch_tokens"
+    if kept:
+        return KEPT
+    per_token = needs.bytes_per_token(numbers.checkpoint_layers) / 1024
+    if numbers.micro_batch_tokens >= needs.step_tokens:
+        return f"a whole step, at {per_token:.0f} KiB per token"
+    return f"{per_token:.0f} KiB of activations per token"
+
+
+def _checkpoint_reason(needs: CardNeeds, numbers: CardNumbers, layers: int) -> str:
+    if needs.config.optim.checkpoint_layers is not None:
+        return "optim.checkpoint_layers"
+    if not numbers.checkpoint_layers:
+        return f"all {layers} layers' activations fit"
+    return f"of {layers} layers keep only their input and run again in backward: the rest of the memory is used up"
 
 
 def _dtype(config: Config, machine: Machine) -> tuple[str, str]:
@@ -157,23 +267,24 @@ def _max_model_len(config: Config, shape: ModelShape) -> tuple[int, str]:
 
 
 def _memory_reason(config: Config, machine: Machine) -> str:
-    return "run.vram_gib" if machine.device == "cuda" and config.run.vram_gib else "what is free now"
+    others = ", ".join(str(p) for p in machine.processes if (p.memory_bytes or 0) >= VISIBLE_BYTES)
+    if machine.device == "cuda" and config.run.vram_gib:
+        return "run.vram_gib: the whole process, engine and trainer"
+    return f"what is free now; {others}" if others else "what is free now"
 
 
 def _memory_budget(config: Config, machine: Machine) -> int:
-    if machine.device == "cuda" and config.run.vram_gib:
-        wanted = int(config.run.vram_gib * GIB)
-        if wanted > machine.memory_bytes:
-            raise PlanError(
-                f"run.vram_gib is {config.run.vram_gib:g}, {machine.memory_bytes / GIB:.1f} GiB are free on the card",
-                hint="run.vram_gib: lower it, or end what else uses the card (see nvidia-smi)",
-            )
-        return wanted
-    return machine.memory_bytes
-
-
-def _cuda_overhead_bytes(shape: ModelShape) -> int:
-    return CUDA_CONTEXT_BYTES + CUDA_ENGINE_BYTES + LOGIT_COPIES * LOGIT_ROWS * shape.vocab_size * 4
+    if machine.device != "cuda" or not config.run.vram_gib:
+        return machine.memory_bytes
+    wanted = int(config.run.vram_gib * GIB)
+    if wanted > machine.memory_bytes:
+        free = machine.memory_bytes / GIB
+        others = "; ".join(map(str, machine.processes[:3])) or "no other process is visible from here"
+        raise PlanError(
+            f"run.vram_gib is {config.run.vram_gib:g}, {free:.1f} GiB are free on the card ({others})",
+            hint=f"run.vram_gib: at most {int(free * 10) / 10:g}, or null for all of it; or end what else uses the card",
+        )
+    return wanted
 
 
 def _fixed_bytes(config: Config, shape: ModelShape, dtype: str) -> int:
@@ -199,54 +310,41 @@ def _kv_cache(
 ) -> tuple[int, int, str]:
     block = CPU_BLOCK_SIZE
     per_sequence = -(-max_len // block) * block * shape.kv_bytes_per_token(dtype)
-    wanted = config.rollout.num_prompts * config.rollout.num_generations
+    completions = config.rollout.num_prompts * config.rollout.num_generations
+    wanted = min(completions, config.rollout.max_num_seqs or completions)
     # Half of what is free: the training phase needs the other half, and on a CPU both live side by side.
     fits = (free // 2) // per_sequence
     if fits < 1:
         need = (2 * per_sequence - free) / GIB
-        raise PlanError(
-            f"the model and one sequence of {max_len} tokens need {need:.1f} GiB more than there is",
-            hint="rollout.max_completion_length: shorten it; or choose a smaller model.path",
-        )
+        raise PlanError(f"the model and one sequence of {max_len} tokens need {need:.1f} GiB more than there is")
     if 0 < kept.get("kv_cache_bytes", 0) <= free and 0 < kept.get("max_num_seqs", 0) <= wanted:
         return kept["max_num_seqs"], kept["kv_cache_bytes"], KEPT
     seqs = min(wanted, fits)
-    reason = "all completions of a step at once" if seqs == wanted else f"memory for {fits} of {wanted} completions"
+    reason = "all completions of a step at once" if seqs == completions else (
+        "rollout.max_num_seqs" if seqs == wanted else f"memory for {fits} of {completions} completions"
+    )  # fmt: skip
     spare = block * shape.kv_bytes_per_token(dtype) * 2  # vLLM keeps a null block; one more against rounding
     return seqs, seqs * per_sequence + spare, reason
 
 
 def _micro_batch(
-    config: Config,
-    shape: ModelShape,
-    dtype: str,
-    machine: Machine,
-    free: int,
-    max_len: int,
-    kept: Mapping[str, Any],
+    config: Config, shape: ModelShape, dtype: str, free: int, max_len: int, kept: Mapping[str, Any]
 ) -> tuple[int, str]:
     pinned = config.optim.micro_batch_tokens
     if pinned is not None:
-        if pinned < max_len:
-            raise PlanError(
-                f"optim.micro_batch_tokens is {pinned}, the longest prompt and completion have {max_len} tokens",
-                hint=f"optim.micro_batch_tokens: at least {max_len}, or null to have it planned",
-            )
         return pinned, "optim.micro_batch_tokens"
-    cap = MAX_CPU_MICRO_BATCH_TOKENS if machine.device == "cpu" else MAX_MICRO_BATCH_TOKENS
-    per_token = int(ACTIVATION_FACTOR[machine.device] * shape.activation_bytes_per_token(dtype))
+    per_token = int(CPU_ACTIVATION_FACTOR * shape.activation_bytes_per_token(dtype))
     fits = int(free * 0.8) // per_token
     if fits < max_len:
         raise PlanError(
             f"training on one sequence of {max_len} tokens needs {max_len * per_token / GIB:.1f} GiB of activations, "
-            f"{max(0, free) / GIB:.1f} GiB are left",
-            hint="rollout.max_completion_length: shorten it; or choose a smaller model.path",
+            f"{max(0, free) / GIB:.1f} GiB are left"
         )
     if max_len <= kept.get("micro_batch_tokens", 0) <= free // per_token:
         return kept["micro_batch_tokens"], KEPT
-    if fits < cap:
+    if fits < MAX_CPU_MICRO_BATCH_TOKENS:
         return fits, f"activations of {per_token / 1024:.0f} KiB per token in what is left"
-    return max(cap, max_len), "large enough to keep the device busy, small enough to stay in its caches"
+    return max(MAX_CPU_MICRO_BATCH_TOKENS, max_len), "large enough to keep the cores busy, small enough for their caches"
 
 
 def _reference(config: Config, shape: ModelShape, dtype: str) -> tuple[str, str]:

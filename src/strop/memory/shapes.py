@@ -7,6 +7,8 @@ from typing import Any
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FUSED_MODELS = frozenset({"llama", "qwen2", "qwen3", "mistral"})
+"""Model types that the policy trains as fused blocks on a card (policy/fused.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,10 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool
     max_positions: int
+    fused: bool = True
+    """Whether the policy runs its layers as fused blocks on a card."""
+    head_norms: bool = False
+    """Whether q and k are normalised per head, as in Qwen3."""
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -37,6 +43,8 @@ class ModelShape:
             vocab_size=config.vocab_size,
             tied_embeddings=bool(config.tie_word_embeddings),
             max_positions=config.max_position_embeddings,
+            fused=config.model_type in FUSED_MODELS,
+            head_norms=config.model_type == "qwen3",
         )
 
     @property
@@ -62,11 +70,50 @@ class ModelShape:
         pairs += [(self.hidden_size, self.intermediate_size)] * 2 + [(self.intermediate_size, self.hidden_size)]
         return self.num_layers * rank * sum(i + o for i, o in pairs)
 
-    def activation_bytes_per_token(self, dtype: str) -> int:
-        """Tensors that autograd keeps per token without checkpointing.
+    def weight_bytes(
+        self, dtype: str, quantization: str = "none", head: str = "16bit", embedding: str = "card"
+    ) -> int:
+        """All weights as they lie on the device, by the settings of section `model`.
 
-        Per layer about: 2 norms in and out (4 H), q k v and the attention's output (4 H), gate, up, their product
-        and the activation (4 I), the residual sums (2 H).
+        NF4 (quant/nf4.py) takes 4 bits and an fp16 scale per block of 64 inputs, rows padded to 128 inputs. A matrix of
+        the vocabulary in 8 bits takes a byte a value and an fp32 scale a row. A tied embedding is the head.
         """
-        per_layer = 10 * self.hidden_size + 4 * self.intermediate_size
-        return self.num_layers * per_layer * BYTES[dtype]
+        linears = self.linear_parameters * BYTES[dtype]
+        if quantization == "nf4":
+            linears = self.linear_parameters * 17 // 32
+        plain, int8 = self.vocab_size * self.hidden_size * BYTES[dtype], self.vocab_size * (self.hidden_size + 4)
+        heads = int8 if head == "int8" else plain
+        if self.tied_embeddings:
+            return linears + heads
+        return linears + heads + {"card": plain, "int8": int8, "host": 0}[embedding]
+
+    def layer_bytes_kept(self, dtype: str, *, fused: bool = False, lora_rank: int = 0) -> int:
+        """What a layer keeps per token for backward.
+
+        Fused blocks (policy/fused.py): two inputs, q k v, the attention's output, gate and up, with head norms q and k
+        twice: 2 H + 2 (heads + kv heads) D + 2 I; the adapters' low-rank inputs (7 R); the attention's log-sum-exp in
+        fp32. Plain autograd about: 2 norms in and out (4 H), q k v and the attention's output (4 H), gate, up, their
+        product and the activation (4 I), the residual sums (2 H).
+        """
+        if not fused:
+            return (10 * self.hidden_size + 4 * self.intermediate_size) * BYTES[dtype]
+        heads = (self.num_heads + self.num_kv_heads) * self.head_dim
+        values = 2 * (self.hidden_size + heads + self.intermediate_size) + 7 * lora_rank
+        return (values + (heads if self.head_norms else 0)) * BYTES[dtype] + 4 * self.num_heads
+
+    def activation_bytes_per_token(
+        self, dtype: str, *, checkpointed: int = 0, fused: bool = False, lora_rank: int = 0
+    ) -> int:
+        """What is kept per token for backward when the first `checkpointed` layers keep their input alone."""
+        kept = self.layer_bytes_kept(dtype, fused=fused, lora_rank=lora_rank)
+        return checkpointed * self.hidden_size * BYTES[dtype] + (self.num_layers - checkpointed) * kept
+
+    def layer_bytes_per_token(self, dtype: str, *, fused: bool = False, lora_rank: int = 0) -> int:
+        """What one layer needs per token while its backward runs: what it keeps, computed again, and its gradients.
+
+        Gradients: the normed input, its and the residual's gradient (3 H), the MLP's product (I), and of the attention
+        (3 heads + 4 kv heads) D; plain autograd holds gate, up and their product as well (3 I).
+        """
+        attention = (3 * self.num_heads + 4 * self.num_kv_heads) * self.head_dim
+        gradients = 3 * self.hidden_size + (1 if fused else 3) * self.intermediate_size + attention
+        return self.layer_bytes_kept(dtype, fused=fused, lora_rank=lora_rank) + gradients * BYTES[dtype]

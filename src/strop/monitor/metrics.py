@@ -33,7 +33,7 @@ class MetricsLog:
         except OSError as e:
             raise _cannot_write(path, e) from e
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append `{"step": step, ...values}` in the given order; values that are not finite become null.
 
         Raises RunError when the disk does not take the row.

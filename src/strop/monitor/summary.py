@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-StopReason = Literal["finished", "interrupted", "diverged", "failed"]
+StopReason = Literal["finished", "interrupted", "paused", "stopped", "diverged", "failed"]
+"""`interrupted` by a signal; `paused` and `stopped` by a monitor; `failed` by the canary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,12 @@ def build_summary(
     reward: float | None,
     eval_before: EvalSummary | None = None,
     eval_after: EvalSummary | None = None,
+    diagnoses: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the content of `summary.json`.
 
     `steps` counts the steps of the whole run, `seconds` its wall time over all processes, `reward` is the mean of the
-    last step. An evaluation that was not made is null.
+    last step. An evaluation that was not made is null. `diagnoses` are those that held at some time.
     """
     return {
         "stopped": stopped,
@@ -50,4 +53,5 @@ def build_summary(
         "reward": reward,
         "eval_before": eval_before.to_dict() if eval_before else None,
         "eval_after": eval_after.to_dict() if eval_after else None,
+        "diagnoses": [dict(entry) for entry in diagnoses],
     }

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from ..types import Metric
+from .measured import Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Correction:
     """Weights that multiply the token losses, without gradient, and the metrics of the mismatch."""
 
     weights_K: torch.Tensor
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Measured]
 
 
 def _truncate(ratio_K: torch.Tensor, cap: float) -> torch.Tensor:
@@ -58,7 +58,8 @@ def sampler_correction(
         delta_K = trainer_logprobs_K.detach().float() - sampler_logprobs_K
         per_sequence, limit = _MODES.get(mode, (False, lambda ratio_K, cap: torch.ones_like(ratio_K)))
         if per_sequence and delta_K.numel():
-            sums = torch.zeros(int(sequence_K.max()) + 1, dtype=delta_K.dtype, device=delta_K.device)
+            # As long as there are tokens: the number of completions is not known without waiting for the device.
+            sums = torch.zeros_like(delta_K)
             ratio_K = torch.exp(sums.index_add(0, sequence_K, delta_K).index_select(0, sequence_K))
         else:
             ratio_K = torch.exp(delta_K)
@@ -66,14 +67,14 @@ def sampler_correction(
         count = float(delta_K.numel())
         gap_K = delta_K.abs()
         metrics = {
-            "sampling/sampling_logp_difference/mean": Metric(float(gap_K.sum()), count),
-            "sampling/importance_sampling_ratio/mean": Metric(float(ratio_K.sum()), count),
-            "sampling/importance_sampling_clipped_share": Metric(float((ratio_K > clip_max).sum()), count),
+            "sampling/sampling_logp_difference/mean": Measured(gap_K.sum(), count),
+            "sampling/importance_sampling_ratio/mean": Measured(ratio_K.sum(), count),
+            "sampling/importance_sampling_clipped_share": Measured((ratio_K > clip_max).sum(), count),
         }
         if delta_K.numel():
             metrics |= {
-                "sampling/sampling_logp_difference/max": Metric(float(gap_K.max()), kind="max"),
-                "sampling/importance_sampling_ratio/min": Metric(float(ratio_K.min()), kind="min"),
-                "sampling/importance_sampling_ratio/max": Metric(float(ratio_K.max()), kind="max"),
+                "sampling/sampling_logp_difference/max": Measured(gap_K.max(), kind="max"),
+                "sampling/importance_sampling_ratio/min": Measured(ratio_K.min(), kind="min"),
+                "sampling/importance_sampling_ratio/max": Measured(ratio_K.max(), kind="max"),
             }
     return Correction(weights_K, metrics)

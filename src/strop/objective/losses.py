@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..types import Metric
+from .measured import Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class LossOutput:
 
     loss: torch.Tensor
     """Scalar fp32; the parts of all micro-batches add up to the loss of the step."""
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Measured]
 
 
 def policy_loss(
@@ -90,19 +90,19 @@ def policy_loss(
         clipped_low = ((ratio_K < low) & (advantages_K < 0)).sum()
         clipped_high = ((ratio_K > high) & (advantages_K > 0)).sum()
     metrics = {
-        "clip_ratio/low_mean": Metric(float(clipped_low), count),
-        "clip_ratio/high_mean": Metric(float(clipped_high), count),
-        "clip_ratio/region_mean": Metric(float(clipped_low + clipped_high), count),
-        "clip_ratio/low_min": Metric(float(clipped_low) / count, kind="min"),
-        "clip_ratio/high_max": Metric(float(clipped_high) / count, kind="max"),
+        "clip_ratio/low_mean": Measured(clipped_low, count),
+        "clip_ratio/high_mean": Measured(clipped_high, count),
+        "clip_ratio/region_mean": Measured(clipped_low + clipped_high, count),
+        "clip_ratio/low_min": Measured(clipped_low / count, kind="min"),
+        "clip_ratio/high_max": Measured(clipped_high / count, kind="max"),
     }
     if beta > 0.0:
         assert reference_logprobs_K is not None, "beta > 0 needs the reference's log-probabilities"
         kl_K = k3(logprobs_K, reference_logprobs_K)
         token_loss_K = token_loss_K + beta * kl_K
-        metrics["kl"] = Metric(float(kl_K.detach().sum()), count)
+        metrics["kl"] = Measured(kl_K.detach().sum(), count)
     loss = (token_loss_K * weights_K).sum()
-    metrics["loss"] = Metric(float(loss.detach()), kind="sum")
+    metrics["loss"] = Measured(loss.detach(), kind="sum")
     return LossOutput(loss, metrics)
 
 

@@ -3,13 +3,17 @@
 Order is kept and nothing is drawn, so the result is a function of the samples alone. A group that does not fit into
 what is left of a micro-batch is split, and its prompt repeated. How samples are split changes no gradient beyond
 float order, because every token already carries its share of the step's loss (`Sample.token_weight`).
+
+Within a micro-batch all prompts lie first, then all completions: the keys of the prompts and the queries of the
+completions are then two slices, and attention between them copies neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 
+import numpy as np
 import torch
 
 from ..types import GroupSpan, MicroBatch, Sample, SequenceSpan
@@ -52,20 +56,20 @@ def _layer_tokens(sample: Sample) -> int:
 
 
 def _build(groups: Sequence[tuple[tuple[int, ...], Sequence[Sample]]]) -> MicroBatch:
+    """Lay out samples, whole lists at a time: a loop over tokens takes a good part of what training on them takes."""
     token_ids: list[int] = []
     positions: list[int] = []
     spans: list[GroupSpan] = []
     predictors: list[int] = []
     targets: list[int] = []
     sampler: list[float] = []
-    advantages: list[float] = []
-    weights: list[float] = []
-    sequences: list[int] = []
-    num_sequences = 0
-    for prompt, members in groups:
-        prompt_start = len(token_ids)
+    counts: list[int] = []  # trained tokens of each completion
+    prompt_starts: list[int] = []
+    for prompt, _ in groups:
+        prompt_starts.append(len(token_ids))
         token_ids += prompt
         positions += range(len(prompt))
+    for prompt_start, (prompt, members) in zip(prompt_starts, groups, strict=True):
         completions: list[SequenceSpan] = []
         for sample in members:
             start = len(token_ids)
@@ -73,31 +77,82 @@ def _build(groups: Sequence[tuple[tuple[int, ...], Sequence[Sample]]]) -> MicroB
             token_ids += completion[:-1]
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
             completions.append(SequenceSpan(start, len(completion) - 1))
-            offset = 0
+            # The first token of a completion is predicted by the last token of the shared prompt.
+            before = [prompt_start + len(prompt) - 1, *range(start, start + len(completion) - 1)]
+            mask = [trained for segment in sample.scored.rollout.segments[1:] for trained in segment.loss_mask]
+            predictors += compress(before, mask)
+            targets += compress(completion, mask)
             for segment in sample.scored.rollout.segments[1:]:
-                logprobs = segment.logprobs or (0.0,) * len(segment.token_ids)
-                rows = zip(segment.token_ids, segment.loss_mask, logprobs, strict=True)
-                for j, (token, trained, logprob) in enumerate(rows, start=offset):
-                    if not trained:
-                        continue
-                    # The first token of a completion is predicted by the last token of the shared prompt.
-                    predictors.append(start + j - 1 if j else prompt_start + len(prompt) - 1)
-                    targets.append(token)
-                    sampler.append(logprob)
-                    advantages.append(sample.advantage)
-                    weights.append(sample.token_weight)
-                    sequences.append(num_sequences)
-                offset += len(segment.token_ids)
-            num_sequences += 1
+                sampler += compress(segment.logprobs or (0.0,) * len(segment.token_ids), segment.loss_mask)
+            counts.append(sum(mask))
         spans.append(GroupSpan(prompt_start, len(prompt), tuple(completions)))
+    samples = [sample for _, members in groups for sample in members]
+    repeats = torch.tensor(counts)
     return MicroBatch(
-        token_ids_T=torch.tensor(token_ids, dtype=torch.int64),
-        position_ids_T=torch.tensor(positions, dtype=torch.int64),
+        token_ids_T=_tensor(token_ids, torch.int64),
+        position_ids_T=_tensor(positions, torch.int64),
         groups=tuple(spans),
-        predictor_K=torch.tensor(predictors, dtype=torch.int64),
-        target_ids_K=torch.tensor(targets, dtype=torch.int64),
-        sampler_logprobs_K=torch.tensor(sampler, dtype=torch.float32),
-        advantages_K=torch.tensor(advantages, dtype=torch.float32),
-        weights_K=torch.tensor(weights, dtype=torch.float32),
-        sequence_K=torch.tensor(sequences, dtype=torch.int64),
+        predictor_K=_tensor(predictors, torch.int64),
+        target_ids_K=_tensor(targets, torch.int64),
+        sampler_logprobs_K=_tensor(sampler, torch.float32),
+        advantages_K=_tensor([s.advantage for s in samples], torch.float32).repeat_interleave(repeats),
+        weights_K=_tensor([s.token_weight for s in samples], torch.float32).repeat_interleave(repeats),
+        sequence_K=torch.arange(len(samples)).repeat_interleave(repeats),
+    )
+
+
+def _tensor(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
+    # Through numpy: three times as fast as torch's own reading of a list.
+    return torch.from_numpy(np.array(values, dtype=np.float64 if dtype.is_floating_point else np.int64)).to(dtype)
+
+
+def halved(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch] | None:
+    """Split a micro-batch between two completions, with about half of the tokens each; None when it has only one.
+
+    Both parts hold the prompts that they need. Completions, tokens and weights are the same as before.
+    """
+    lengths = [span.length for group in batch.groups for span in group.completions]
+    if len(lengths) < 2:
+        return None
+    cut, seen = 1, lengths[0]
+    while cut < len(lengths) - 1 and seen + lengths[cut] <= sum(lengths) / 2:
+        seen += lengths[cut]
+        cut += 1
+    return _part(batch, 0, cut), _part(batch, cut, len(lengths))
+
+
+def _part(batch: MicroBatch, first: int, end: int) -> MicroBatch:
+    """Return completions `first` to `end` of a batch, numbered through all groups, as a batch of their own."""
+    kept: list[tuple[GroupSpan, list[SequenceSpan]]] = []
+    number = 0
+    for group in batch.groups:
+        spans = [s for i, s in enumerate(group.completions, start=number) if first <= i < end]
+        number += len(group.completions)
+        if spans:
+            kept.append((group, spans))
+    taken = [range(group.prompt_start, group.prompt_start + group.prompt_length) for group, _ in kept]
+    taken += [range(span.start, span.start + span.length) for _, spans in kept for span in spans]
+    source = torch.tensor([i for part in taken for i in part], dtype=torch.int64)
+    new_place = torch.full((batch.num_tokens,), -1)
+    new_place[source] = torch.arange(len(source))
+    prompt_at, span_at = 0, sum(group.prompt_length for group, _ in kept)
+    groups: list[GroupSpan] = []
+    for group, spans in kept:
+        moved: list[SequenceSpan] = []
+        for span in spans:
+            moved.append(SequenceSpan(span_at, span.length))
+            span_at += span.length
+        groups.append(GroupSpan(prompt_at, group.prompt_length, tuple(moved)))
+        prompt_at += group.prompt_length
+    chosen = (batch.sequence_K >= first) & (batch.sequence_K < end)
+    return MicroBatch(
+        token_ids_T=batch.token_ids_T[source],
+        position_ids_T=batch.position_ids_T[source],
+        groups=tuple(groups),
+        predictor_K=new_place[batch.predictor_K[chosen]],
+        target_ids_K=batch.target_ids_K[chosen],
+        sampler_logprobs_K=batch.sampler_logprobs_K[chosen],
+        advantages_K=batch.advantages_K[chosen],
+        weights_K=batch.weights_K[chosen],
+        sequence_K=batch.sequence_K[chosen] - first,
     )

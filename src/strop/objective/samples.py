@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..types import Metric, Sample, ScoredRollout
 from .advantages import GroupAdvantages, Scale, group_advantages
 from .losses import LOSSES, StepCounts
+from .shaping import PolarityBonus, polarity_bonus
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,14 @@ def make_samples(
     max_completion_length: int,
     mask_truncated_completions: bool,
     keep_groups_without_signal: bool,
+    shaping: PolarityBonus | None = None,
 ) -> SampleBatch:
     """Turn P groups of G scored rollouts, in (problem, sample) order, into samples.
 
     A truncated completion that is masked leaves the loss and the denominators, but its reward stays in means and
     deviations, as in TRL: it is true information about the policy. Denominators are counted over all scored, unmasked
     completions before groups without signal are dropped; these are kept only where another term of the loss (beta)
-    needs their tokens.
+    needs their tokens. `shaping` acts on the advantages last.
     """
     trained_N = [
         s.reward is not None
@@ -52,6 +54,10 @@ def make_samples(
     ]
     rewards_N = [s.reward for s in scored_N]
     result = group_advantages(rewards_N, num_generations, scale=scale_rewards)
+    advantages_N, metrics = result.advantages_N, _metrics(scored_N, result)
+    if shaping is not None:
+        shaped = polarity_bonus(advantages_N, scored_N, num_generations, shaping)
+        advantages_N, metrics = shaped.advantages_N, metrics | dict(shaped.metrics)
     counts = StepCounts(
         num_completions=sum(trained_N),
         num_tokens=sum(num_trained_tokens(s) for s, kept in zip(scored_N, trained_N, strict=True) if kept),
@@ -59,11 +65,11 @@ def make_samples(
     )
     weight = LOSSES[loss_type].token_weight
     samples = []
-    for i, (scored, advantage) in enumerate(zip(scored_N, result.advantages_N, strict=True)):
+    for i, (scored, advantage) in enumerate(zip(scored_N, advantages_N, strict=True)):
         wanted = keep_groups_without_signal or result.has_signal_P[i // num_generations]
         if trained_N[i] and advantage is not None and wanted:
             samples.append(Sample(scored, advantage, weight(num_trained_tokens(scored), counts)))
-    return SampleBatch(tuple(samples), result.advantages_N, counts, _metrics(scored_N, result))
+    return SampleBatch(tuple(samples), advantages_N, counts, metrics)
 
 
 def _metrics(scored_N: Sequence[ScoredRollout], groups: GroupAdvantages) -> dict[str, Metric]:

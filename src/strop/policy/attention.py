@@ -1,10 +1,10 @@
 """Attention over a packed batch: each completion sees its group's prompt and itself.
 
-The whole batch passes the model as one row of T tokens. A prompt's keys and values are computed once and gathered for
-each of its completions. There are two ways to do the work, with the same result up to rounding:
+The whole batch passes the model as one row of T tokens. There are two ways to do the work, with the same result up to
+rounding:
 
-- ragged: one call of flash attention over sequences of unequal length. Nothing is padded and there is no mask. 16-bit
-  tensors on a CUDA card of compute capability 8.0 or newer.
+- flash (`flash.py`): calls of flash attention over sequences of unequal length. Nothing is padded and there is no mask.
+  16-bit tensors on a CUDA card of compute capability 8.0 or newer.
 - dense: two calls of scaled dot product attention with boolean masks, all prompts padded to the longest, and all
   completions padded to the longest over [keys of their prompt; own keys]. Any device and dtype.
 
@@ -15,7 +15,6 @@ layers pass keys and values.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import torch
 
 from ..errors import ModelError
 from ..types import GroupSpan
+from . import flash
+from .flash import RaggedLayout, Saved, SplitLayout
 
 ATTENTION_NAME = "strop_packed"
 _NOT_FOLLOWED = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -49,53 +50,19 @@ class PackedLayout:
         return DenseLayout.build(self.groups, self.device)
 
     @functools.cached_property
+    def split(self) -> SplitLayout | None:
+        """Flash attention without copies of keys; None when the row is in another order than it needs."""
+        return SplitLayout.build(self.groups, self.device)
+
+    @functools.cached_property
     def ragged(self) -> RaggedLayout:
-        """The form without padding."""
+        """Flash attention with the keys of a prompt copied for each completion."""
         return RaggedLayout.build(self.groups, self.device)
 
-
-@dataclass(frozen=True, slots=True)
-class RaggedLayout:
-    """Where the sequences of the packed row begin, and which keys each of them sees.
-
-    A sequence is a prompt, or a completion without its last token. Queries lie in the order of the row.
-    """
-
-    key_index: torch.Tensor
-    """[keys] into T: per sequence its prompt's tokens, then its own; a prompt has its own alone."""
-    query_starts: torch.Tensor
-    """[sequences + 1] int32."""
-    key_starts: torch.Tensor
-    """[sequences + 1] int32."""
-    longest_query: int
-    longest_key: int
-
-    @classmethod
-    def build(cls, groups: tuple[GroupSpan, ...], device: torch.device | str) -> RaggedLayout:
-        """Lay out the groups of a `MicroBatch`."""
-        keys, query_lengths, key_lengths = [], [], []
-        for group in groups:
-            prompt = torch.arange(group.prompt_start, group.prompt_start + group.prompt_length)
-            keys.append(prompt)
-            query_lengths.append(group.prompt_length)
-            key_lengths.append(group.prompt_length)
-            for span in group.completions:
-                if span.length == 0:  # a completion of one token has nothing left to pass through the layers
-                    continue
-                keys += [prompt, torch.arange(span.start, span.start + span.length)]
-                query_lengths.append(span.length)
-                key_lengths.append(group.prompt_length + span.length)
-        return cls(
-            key_index=torch.cat(keys).to(device),
-            query_starts=_starts(query_lengths).to(device),
-            key_starts=_starts(key_lengths).to(device),
-            longest_query=max(query_lengths),
-            longest_key=max(key_lengths),
-        )
-
-
-def _starts(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with a completion of its own."""
+        return max(g.prompt_length + max((s.length for s in g.completions), default=0) for g in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,45 +144,65 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attend within the layout: query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D]."""
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    attend = _ragged if _has_flash(query) else _dense
-    return attend(query, key, value, layout, scaling, sliding_window)[None]
+    if _has_flash(query):
+        return _Attend.apply(query, key, value, layout, scaling, sliding_window)[None]  # type: ignore[no-any-return]
+    return _dense(query, key, value, layout, scaling, sliding_window)[None]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+) -> tuple[torch.Tensor, Saved]:
+    """[T, heads, D] and [T, kv heads, D] -> ([T, heads, D], what `attend_backward` needs beside it), below autograd."""
+    if not _has_flash(q):
+        return _dense(q, k, v, layout, scaling, window), ()
+    if layout.split is not None and (window is None or window >= layout.longest):
+        return flash.split_forward(q, k, v, layout.split, scaling)
+    return flash.gathered_forward(q, k, v, layout.ragged, scaling, window)
+
+
+def attend_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, saved: Saved,
+    layout: PackedLayout, scaling: float | None, window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v, each in its own shape and dtype."""
+    if not _has_flash(q):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = _dense(leaves[0], leaves[1], leaves[2], layout, scaling, window)
+        dq, dk, dv = torch.autograd.grad(again, leaves, grad)
+        return dq, dk, dv
+    if layout.split is not None and (window is None or window >= layout.longest):
+        return flash.split_backward(grad, q, k, v, out, saved, layout.split, scaling)
+    return flash.gathered_backward(grad, q, k, v, out, saved, layout.ragged, scaling, window)
+
+
+class _Attend(torch.autograd.Function):
+    """`attend` for a model whose layers run as transformers wrote them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        out, saved = attend(q, k, v, layout, scaling, window)
+        ctx.save_for_backward(q, k, v, out, *saved)
+        ctx.how = (layout, scaling, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, *saved = ctx.saved_tensors
+        return (*attend_backward(grad.contiguous(), q, k, v, out, tuple(saved), *ctx.how), None, None, None)
 
 
 def _has_flash(x: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _compute_capability(x.device) >= (8, 0)
+    fits = x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+    return fits and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _capability(x.device) >= (8, 0)
 
 
 @functools.cache
-def _compute_capability(device: torch.device) -> tuple[int, int]:
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _varlen() -> functools.partial[Any]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Where there is no such argument, fewer heads for keys than for queries are taken as they are.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return functools.partial(varlen_attn, **grouped)
-
-
-def _ragged(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """[T, heads, D] and [T, kv heads, D] -> [T, heads, D]."""
-    ragged = layout.ragged
-    # Causal, ends aligned: the last query of a sequence sees its last key. A window of w counts the token itself.
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    return _varlen()(
-        query, key.index_select(0, ragged.key_index), value.index_select(0, ragged.key_index),
-        ragged.query_starts, ragged.key_starts, ragged.longest_query, ragged.longest_key,
-        scale=scaling, window_size=window,
-    )  # fmt: skip
 
 
 def _dense(

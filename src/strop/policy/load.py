@@ -33,6 +33,10 @@ class ModelSource:
     tokenizer: Any
     stop_token_ids: tuple[int, ...]
     """What ends a completion: the end tokens of the generation config, the model config and the tokenizer."""
+    kept_modules: tuple[str, ...] = ()
+    """Modules that a 4-bit checkpoint holds in 16 bit."""
+    packed: bool = False
+    """Whether the checkpoint holds NF4 in bitsandbytes' form."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -40,8 +44,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def open_model(path: str) -> ModelSource:
-    """Read the config and tokenizer of a folder or hub id.
+def open_model(path: str, quantization: str = "none") -> ModelSource:
+    """Read the config and tokenizer of a folder or hub id; a packed checkpoint is taken under `quantization: nf4`.
 
     Raises ModelError when the folder is missing, incomplete or damaged, the hub cannot be reached, the architecture is
     not a plain decoder, or the tokenizer would never stop.
@@ -61,6 +65,7 @@ def open_model(path: str) -> ModelSource:
             f"{what}: {_reason(e)}", hint="model.path: check the name, or give the folder of a downloaded model"
         ) from e
     _check_architecture(path, config)
+    kept = _kept_modules(path, config, quantization)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         usable = bool(tokenizer("1 a", add_special_tokens=False)["input_ids"])
@@ -74,7 +79,7 @@ def open_model(path: str) -> ModelSource:
             f"the tokenizer of `{path}` knows no words; tokenizer.json or its vocabulary is missing", hint=_AGAIN
         )
     stops = _stop_token_ids(path, config, tokenizer)
-    return ModelSource(path, config, tokenizer, stops)
+    return ModelSource(path, config, tokenizer, stops, kept or (), packed=kept is not None)
 
 
 def _check_folder(folder: Path) -> None:
@@ -140,17 +145,40 @@ def _check_architecture(path: str, config: Any) -> None:
             f"model `{path}` is of type `{config.model_type}`, a text decoder is needed",
             hint="model.path: choose a causal language model such as Llama, Qwen, Mistral or Gemma",
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"model `{path}` is stored quantised, 16 or 32 bit weights are needed",
-            hint="model.path: give the unquantised checkpoint",
-        )
     for left_out in _left_out(config.get_text_config()):
         raise ModelError(
             f"model `{path}` is of type `{config.model_type}` with {left_out}, which the trainer's log-probabilities "
             "would leave out",
             hint=_ORDINARY,
         )
+
+
+def _kept_modules(path: str, config: Any, quantization: str) -> tuple[str, ...] | None:
+    """Return what a 4-bit checkpoint left in 16 bit, None for an ordinary one.
+
+    Raises ModelError for a packed one that is not wanted or of another kind.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    given: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    method = given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") else "unknown")
+    fits = method == "bitsandbytes" and given.get("load_in_4bit") and given.get("bnb_4bit_quant_type") == "nf4"
+    if quantization != "nf4" or not fits:
+        kind = f"{method}, {given.get('bnb_4bit_quant_type', given.get('bits', 'unknown'))}"
+        raise ModelError(
+            f"model `{path}` is stored quantised ({kind}), 16 or 32 bit weights are needed"
+            + ("" if fits else "; of packed ones, bitsandbytes' NF4 under model.quantization nf4"),
+            hint="model.quantization: nf4 trains it as it is" if fits else "model.path: give the unquantised checkpoint",
+        )
+    if given.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        raise ModelError(
+            f"model `{path}` stores NF4 in {given['bnb_4bit_quant_storage']}, uint8 is needed",
+            hint="model.path: give the 16-bit checkpoint; it is packed while it is read",
+        )
+    # The engine is told by its own settings, and transformers would look for bitsandbytes.
+    del config.quantization_config
+    return tuple(given.get("llm_int8_skip_modules") or ())
 
 
 def _left_out(config: Any) -> Iterator[str]:

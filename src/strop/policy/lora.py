@@ -9,6 +9,7 @@ only (`save_adapter`, `load_adapter`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,14 +27,18 @@ _AGAIN = "lora.init_from: download or save the adapter again, or give another fo
 
 
 class LoraLinear(torch.nn.Module):
-    """A frozen linear layer with a trained adapter beside it."""
+    """A frozen linear layer with a trained adapter beside it.
 
-    def __init__(self, base: torch.nn.Linear, r: int, alpha: float, *, seed: int, name: str) -> None:
+    `base` is torch's linear layer, or a module that stands for one whose weight is packed: callable, with
+    `in_features`, `out_features`, `compute_dtype` (of activations) and `dequantized()`, the weight [out, in].
+    """
+
+    def __init__(self, base: Any, r: int, alpha: float, *, seed: int, name: str) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / r
         self.enabled = True
-        device = base.weight.device
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
         generator = torch.Generator().manual_seed(derive_seed("lora", seed, name))
         # peft's default: Kaiming uniform with a = sqrt(5), that is a bound of 1 / sqrt(fan in).
         bound = 1.0 / math.sqrt(base.in_features)
@@ -43,7 +48,7 @@ class LoraLinear(torch.nn.Module):
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A, s B) in the base's dtype: what the engine's slot holds and what the forward pass uses."""
-        dtype = self.base.weight.dtype
+        dtype = getattr(self.base, "compute_dtype", None) or self.base.weight.dtype
         return self.lora_A.to(dtype), (self.lora_B * self.scale).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,17 +76,22 @@ def inject(
     return adapters
 
 
-def find_targets(model: torch.nn.Module, target_modules: Sequence[str]) -> dict[str, torch.nn.Linear]:
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer, or stands for one whose weight is packed."""
+    return isinstance(module, torch.nn.Linear) or hasattr(module, "dequantized")
+
+
+def find_targets(model: torch.nn.Module, target_modules: Sequence[str]) -> dict[str, torch.nn.Module]:
     """Return the linear layers to adapt by full name. Raises ModelError when a target matches none."""
     wanted = set(target_modules)
     found = {
         name: module
         for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in wanted and isinstance(module, torch.nn.Linear)
+        if name.rsplit(".", 1)[-1] in wanted and is_linear(module)
     }
     missing = wanted - {name.rsplit(".", 1)[-1] for name in found}
     if missing:
-        linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_linear(m)})
         raise ModelError(
             f"lora.target_modules names {sorted(missing)}, which the model does not have",
             hint=f"lora.target_modules: its linear layers are {linears}",

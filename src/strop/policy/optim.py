@@ -1,10 +1,53 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with fp32 masters, gradient clipping and a guard."""
 
+# The multi-tensor functions are torch's own and have no public name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
+
+from ..config import OptimConfig
+from .compact import CompactAdamW
+
+
+class Optimizer(Protocol):
+    """What a training step and a checkpoint need of an optimizer."""
+
+    def gradient_norm(self) -> float:
+        """Return the 2-norm over all gradients, in fp32."""
+        ...
+
+    def step(self, *, learning_rate: float, gradient_scale: float) -> None:
+        """Scale the gradients, make one step and write the result into the parameters in place."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all that a resumed run needs, without copies."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned, into the same storage."""
+        ...
+
+
+def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], settings: OptimConfig) -> Optimizer:
+    """Return the optimizer that `optim.name` and `optim.master` ask for."""
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    eps, decay = settings.adam_epsilon, settings.weight_decay
+    if settings.name == "adamw" and settings.master == "fp32":
+        return MasterAdamW(parameters, betas=betas, eps=eps, weight_decay=decay)
+    return CompactAdamW(
+        parameters, betas=betas, eps=eps, weight_decay=decay, eight_bit=settings.name == "adamw_8bit",
+        compensated=settings.master == "kahan",
+    )  # fmt: skip
 
 
 class MasterAdamW:
@@ -32,27 +75,30 @@ class MasterAdamW:
         decayed = [m for m in self._masters.values() if m.ndim >= 2]
         others = [m for m in self._masters.values() if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps)
+        # On a card one kernel for many tensors; on a CPU plain arithmetic, tensor by tensor.
+        self._fused = all(m.device.type == "cuda" for m in self._masters.values())
+        self._adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=self._fused or None
+        )
 
     def gradient_norm(self) -> float:
         """Return the 2-norm over all gradients, in fp32."""
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-            for p in self._parameters.values()
-            if p.grad is not None
-        ]
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float32) if grads else []
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def step(self, *, learning_rate: float, gradient_scale: float) -> None:
         """Scale the gradients, make one AdamW step and write the result into the parameters in place."""
+        grads = []
         for name, p in self._parameters.items():
             master = self._masters[name]
             if p.grad is None:
                 continue
-            if master is p:
-                p.grad.mul_(gradient_scale)
-            else:
-                master.grad = p.grad.float().mul_(gradient_scale)
+            if master is not p:
+                master.grad = p.grad.float()
+            grads.append(master.grad)
+        if grads:
+            torch._foreach_mul_(grads, gradient_scale)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
@@ -87,7 +133,7 @@ class MasterAdamW:
                 if f"exp_avg.{name}" not in state:
                     continue
                 self._adamw.state[master] = {
-                    "step": state[f"step.{name}"].clone(),
+                    "step": state[f"step.{name}"].to(master.device if self._fused else "cpu", copy=True),
                     "exp_avg": state[f"exp_avg.{name}"].to(master.device, copy=True),
                     "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(master.device, copy=True),
                 }

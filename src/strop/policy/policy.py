@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,17 @@ import torch
 from ..errors import ModelError
 from ..types import GroupSpan, MicroBatch, SequenceSpan
 from . import attention, lora
+from .checkpointing import checkpointed
+from .fused import FusedDecoder, fuse
 from .logprobs import token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A micro-batch on the policy's device, with the layout that its attention needs."""
+
+    batch: MicroBatch
+    layout: attention.PackedLayout
 
 
 @dataclass(slots=True)
@@ -26,6 +37,13 @@ class Policy:
     """By full module name; empty for full fine-tuning."""
     reference: Mapping[str, torch.Tensor] | None = None
     """Frozen copies by parameter name where the policy at step 0 is not the adapter-free base."""
+    checkpoint_layers: int = 0
+    """Leading layers that keep only their input and run again in backward."""
+    logit_rows: int | None = None
+    """Rows of logits that exist at a time; None: as many as `logprobs.LOGIT_BYTES` holds."""
+    fuse: bool | None = None
+    """Run the layers as fused blocks where the architecture allows it (`fused.py`); None: on CUDA."""
+    fused: FusedDecoder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         attention.register()
@@ -33,6 +51,8 @@ class Policy:
         for adapter in self.adapters.values():
             adapter.lora_A.requires_grad_(True)
             adapter.lora_B.requires_grad_(True)
+        if self.fuse or (self.fuse is None and self.device.type == "cuda"):
+            self.fused = fuse(self.model)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -41,33 +61,60 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.model.parameters()).device
+        """Where the layers' weights lie; an input embedding may lie in host memory."""
+        return self.model.get_output_embeddings().weight.device  # type: ignore[operator, no-any-return]
 
-    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights, and so of activations and their gradients."""
+        return self.model.get_output_embeddings().weight.dtype  # type: ignore[operator, no-any-return]
+
+    def prepare(self, batch: MicroBatch) -> DeviceBatch:
+        """Move a micro-batch to the device: one transfer for its integers and one for its numbers.
+
+        Done for a whole step before the first kernel, since a copy from ordinary memory waits for the ones before it.
+        """
+        names = {
+            torch.int64: ("token_ids_T", "position_ids_T", "predictor_K", "target_ids_K", "sequence_K"),
+            torch.float32: ("sampler_logprobs_K", "advantages_K", "weights_K"),
+        }
+        moved: dict[str, torch.Tensor] = {}
+        for group in names.values():
+            values = [getattr(batch, name) for name in group]
+            joined = torch.cat(values).to(self.device)
+            moved |= dict(zip(group, joined.split([len(v) for v in values]), strict=True))
+        return DeviceBatch(replace(batch, **moved), attention.PackedLayout.build(batch.groups, self.device))
+
+    def forward(self, batch: MicroBatch | DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (logprobs_K, entropy_K), fp32, of the trained tokens; `logprobs_K` carries the gradient."""
-        hidden_TH = self._hidden(batch)
-        hidden_KH = hidden_TH.index_select(0, batch.predictor_K.to(hidden_TH.device))
+        there = batch if isinstance(batch, DeviceBatch) else self.prepare(batch)
         head = self.model.get_output_embeddings().weight  # type: ignore[operator]
-        targets_K = batch.target_ids_K.to(hidden_TH.device)
-        return token_logprobs(hidden_KH, head, targets_K, temperature=self.temperature)
+        return token_logprobs(
+            self._hidden(there), head, there.batch.target_ids_K, temperature=self.temperature, rows=self.logit_rows
+        )
 
-    def reference_logprobs(self, batch: MicroBatch) -> torch.Tensor:
+    def reference_logprobs(self, batch: MicroBatch | DeviceBatch) -> torch.Tensor:
         """Return the [K] log-probabilities of the policy at step 0, without gradient."""
         with torch.no_grad(), self._as_reference():
             return self.forward(batch)[0]
 
-    def _hidden(self, batch: MicroBatch) -> torch.Tensor:
-        layout = attention.PackedLayout.build(batch.groups, self.device)
+    def _hidden(self, there: DeviceBatch) -> torch.Tensor:
+        """Return the hidden states [K, H] that the trained tokens are predicted from."""
+        batch, layout = there.batch, there.layout
+        if self.fused is not None:
+            hidden_TH = self.fused.forward(batch.token_ids_T, batch.position_ids_T, layout, self.checkpoint_layers)
+            return self.fused.final_norm(hidden_TH.index_select(0, batch.predictor_K))
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        with attention.packed(self.model.config):
+        config = self.model.config
+        around = functools.partial(attention.packed, config)
+        with around(), checkpointed(decoder.layers, self.checkpoint_layers, around):
             output = decoder(
-                input_ids=batch.token_ids_T[None].to(self.device),
-                position_ids=batch.position_ids_T[None].to(self.device),
+                input_ids=batch.token_ids_T[None],
+                position_ids=batch.position_ids_T[None],
                 use_cache=False,
                 strop_layout=layout,
             )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return output.last_hidden_state[0].index_select(0, batch.predictor_K)  # type: ignore[no-any-return]
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numbers
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ MAX_ANSWER_CHARS = 256
 """A boxed answer longer than this is no answer."""
 MAX_NUMBER_CHARS = 128
 MAX_DIGITS = 64
+MAX_NESTED_BOXES = 8
 
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"), "-")
 _SLASHES = {0x2044: "/", 0x2215: "/"}
@@ -33,8 +35,17 @@ _FRACTION = re.compile(
 _PLAIN = re.compile(_DECIMAL)
 _PREFIX = re.compile(r"(?:[A-Za-z] ?= ?)?(?P<sign>[+-]?) ?[$£€¥₹]? ?(?P<late>[+-]?) ?")
 _UNIT = re.compile(
-    r" ?(?:\\(?:text|textrm|textbf|mathrm|mbox) ?\{(?P<text>[A-Za-z .]{1,32})\}|(?P<word>(?<= )[A-Za-z]{3,16}))$"
+    r" ?(?:\\(?:text|textrm|textbf|mathrm|mbox) ?\{(?P<text>[A-Za-z .]{1,32})\}"
+    r"|(?P<word>(?<= )(?:[A-Za-z]{3,16}|[cmk]m|[mk]g|ml|ft|lb|oz|mi|hr)))$"
 )
+_SAME_UNIT = {
+    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m", "metre": "m",
+    "kilometer": "km", "kilometre": "km", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "feet": "ft",
+    "foot": "ft", "inche": "in", "inch": "in", "mile": "mi", "pound": "lb", "ounce": "oz", "hour": "h", "hr": "h",
+    "minute": "min", "second": "s", "sec": "s", "buck": "dollar",
+}  # fmt: skip
+_CURRENCIES = {"£": "pound sterling", "€": "euro", "¥": "yen", "₹": "rupee"}
+"""`$` is not among them: it marks a formula as often as dollars."""
 _DEGREES = re.compile(r" ?(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|°)$")
 _NOT_A_UNIT = re.compile(
     "and|or|to|not|plus|minus|times|half|quarter|third|dozen|percent|hundred|thousand|million|billion|trillion"
@@ -43,6 +54,7 @@ _WRAPPED = re.compile(
     r"\\\((?P<a>.*)\\\)|\\\[(?P<b>.*)\\\]|\{(?P<c>[^{}]*)\}|\*\*(?P<d>.*)\*\*"
     r"|\\(?:text|textbf|mathbf|mathrm|mathit|bf) ?\{(?P<e>[^{}]*)\}"
 )
+_NOT_MEANT = re.compile(r"(?:\bnot|n['\u2019]t|\bnever|\bor)(?: equal to)?\s+$", re.IGNORECASE)
 _LAST_NUMBER = re.compile(
     r"(?<![A-Za-z0-9_^.{/\\])[+-]?(?:\\?\$)?"
     r"(?:\\[dt]?frac\{\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:/\d+)?|\.\d+)"
@@ -50,11 +62,31 @@ _LAST_NUMBER = re.compile(
 )
 
 
+class Written(NamedTuple):
+    """One completion as the functions of the library see it."""
+
+    text: str
+    prefill: str
+    truncated: bool
+    """Whether it ran into the length limit: then only an answer that is closed by a mark counts."""
+
+    @property
+    def part(self) -> str | None:
+        """What follows the thinking part; see `answer_part`."""
+        return answer_part(self.text, self.prefill)
+
+
 class Number(NamedTuple):
-    """An exact value and whether a percent sign followed it; `50%` is (50, True), never 0.5."""
+    """An exact value and what stood beside it; `50%` is 50 with a percent sign, never 0.5."""
 
     value: Fraction
     percent: bool
+    unit: str = ""
+    """The unit in one spelling (`feet` is `ft`), empty without one."""
+
+    def fits(self, other: Number) -> bool:
+        """Whether the units agree; a number without one fits any."""
+        return not self.unit or not other.unit or self.unit == other.unit
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -63,6 +95,18 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
         return completion
     content = completion[-1].get("content") if completion else ""
     return content if isinstance(content, str) else ""
+
+
+def written(
+    completions: Sequence[Any], prefill: Sequence[str] | None = None, truncated: Sequence[Any] | None = None
+) -> list[Written]:
+    """Return every completion with its prefill and whether it was cut off; both may be missing as a whole."""
+    starts = prefill if prefill is not None else [""] * len(completions)
+    cut = truncated if truncated is not None else [False] * len(completions)
+    return [
+        Written(completion_text(completion), start, bool(flag))
+        for completion, start, flag in zip(completions, starts, cut, strict=True)
+    ]
 
 
 def opens_thinking(prefill: str) -> bool:
@@ -103,7 +147,9 @@ def last_box(text: str) -> str | None:
     if not found:
         return None
     inner = found[-1].strip()
-    while inner.startswith("\\boxed") and inner.endswith("}"):
+    for _ in range(MAX_NESTED_BOXES):
+        if not inner.startswith("\\boxed") or not inner.endswith("}"):
+            break
         nested = boxes(inner)
         if not nested or len(inner) != len("\\boxed{}") + len(nested[-1]):
             break
@@ -111,16 +157,26 @@ def last_box(text: str) -> str | None:
     return inner
 
 
-def after_hashes(text: str) -> str | None:
-    """Return the rest of the line after the last `####` (GSM8K's mark), or None."""
+def after_hashes(text: str, *, whole_line: bool = False) -> str | None:
+    """Return the rest of the line after the last `####` (GSM8K's mark), or None.
+
+    With `whole_line` only if a line break follows it, so that a text that was cut off cannot end in half a number.
+    """
     _, mark, rest = text.rpartition("####")
-    return rest.strip().partition("\n")[0] if mark else None
+    line, ended, _ = rest.lstrip().partition("\n")
+    return line.strip() if mark and (ended or not whole_line) else None
 
 
 def last_number(text: str) -> str | None:
-    """Return the last number of a text as written, signs, fractions and a percent sign included."""
-    found = [match.group() for match in _LAST_NUMBER.finditer(fold(text).replace("{,}", ","))]
-    return found[-1] if found else None
+    """Return the last number of a text as written, signs, fractions and a percent sign included.
+
+    None if it is denied or one of two: `not 81`, `80 or 81`.
+    """
+    folded = fold(text).replace("{,}", ",")
+    last = next(iter(deque(_LAST_NUMBER.finditer(folded), maxlen=1)), None)
+    if last is None or _NOT_MEANT.search(folded, max(0, last.start() - 32), last.start()):
+        return None
+    return last.group()
 
 
 def tail(part: str) -> str:
@@ -189,9 +245,10 @@ def parse_number(text: str) -> Number | None:
     negative = "-" in (prefix["sign"], prefix["late"])
     body = body[prefix.end() :].rstrip("$ ")
     percent = body.endswith("%")
-    body = _strip_unit(body[:-1].rstrip() if percent else body)
+    body, unit = _split_unit(body[:-1].rstrip() if percent else body)
     value = _parse_unsigned(body)
-    return None if value is None else Number(-value if negative else value, percent)
+    unit = unit or next((_CURRENCIES[ch] for ch in prefix.group() if ch in _CURRENCIES), "")
+    return None if value is None else Number(-value if negative else value, percent, unit)
 
 
 def _unwrap(text: str) -> str:
@@ -210,14 +267,21 @@ def _unwrap(text: str) -> str:
     return body
 
 
-def _strip_unit(body: str) -> str:
+def _split_unit(body: str) -> tuple[str, str]:
     if degrees := _DEGREES.search(body):
-        return body[: degrees.start()]
+        return body[: degrees.start()], "degree"
     unit = _UNIT.search(body)
     if not unit or unit.start() == 0:
-        return body
+        return body, ""
     words = (unit["text"] or unit["word"]).lower().replace(".", " ").split()
-    return body if any(_NOT_A_UNIT.fullmatch(word) for word in words) else body[: unit.start()]
+    if any(_NOT_A_UNIT.fullmatch(word) for word in words):
+        return body, ""
+    return body[: unit.start()], " ".join(_unit_word(word) for word in words)
+
+
+def _unit_word(word: str) -> str:
+    singular = word[:-1] if len(word) > 2 and word.endswith("s") else word
+    return _SAME_UNIT.get(singular, singular)
 
 
 def _parse_unsigned(body: str) -> Fraction | None:

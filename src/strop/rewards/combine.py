@@ -1,14 +1,17 @@
-"""From the outcome of each function to one reward: the weighted sum in which unscored is not zero."""
+"""From the outcome of each function to one reward and one verdict: a weighted sum in which unscored is not zero."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..types import Rollout, ScoredRollout
+from .contract import Declaration
 
 LARGEST = 1e100
 """Rewards beyond plus or minus this count as failed: the squares of a deviation would leave the range of a float."""
+MARK_SLACK = 1e-6
+"""How far below its maximum a correctness function may stay and still say right: sums of parts round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,22 +22,77 @@ class Outcome:
     failure: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Which functions decide what is right, and which count only then."""
+
+    marks: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Value at which each deciding function says right."""
+    gated: frozenset[str] = frozenset()
+
+
+def make_rules(
+    names: Sequence[str],
+    weights: Sequence[float],
+    declared: Mapping[str, Declaration],
+    gated: Sequence[str] | None = None,
+) -> Rules:
+    """Return the rules of a run.
+
+    Weighted functions of kind `correctness` decide; where there is none, weighted ones of kind `other`. `gated` None
+    means: the functions of kind `format`, if a declared correctness function decides.
+    """
+    weighted = [name for name, weight in zip(names, weights, strict=True) if weight != 0]
+    kinds = {name: declared.get(name, Declaration()).kind for name in names}
+    deciding = [name for name in weighted if kinds[name] == "correctness"]
+    if gated is None:
+        gated = [name for name in names if kinds[name] == "format"] if deciding else []
+    deciding = deciding or [name for name in weighted if kinds[name] == "other"]
+    marks = {name: declared.get(name, Declaration()).high - MARK_SLACK for name in deciding if name not in gated}
+    return Rules(marks, frozenset(gated))
+
+
+def is_correct(rules: Rules, outcomes: Mapping[str, Outcome]) -> bool | None:
+    """Whether every deciding function that applies reached its maximum; None if none applies or one failed.
+
+    Functions without an outcome yet are left out.
+    """
+    known = [(outcomes[name], mark) for name, mark in rules.marks.items() if name in outcomes]
+    if any(outcome.failure for outcome, _ in known):
+        return None
+    verdicts = [outcome.value >= mark for outcome, mark in known if outcome.value is not None]
+    return all(verdicts) if verdicts else None
+
+
 def combine(
-    rollout: Rollout, names: Sequence[str], weights: Sequence[float], outcomes: Mapping[str, Outcome]
+    rollout: Rollout,
+    names: Sequence[str],
+    weights: Sequence[float],
+    outcomes: Mapping[str, Outcome],
+    rules: Rules | None = None,
 ) -> ScoredRollout:
-    """Return the rollout with sum(weight * value) over the functions that apply.
+    """Return the rollout with sum(weight * value) over the functions that apply, and whether it is right.
 
     The reward is None (unscored) if a function with a weight failed or none with a weight applies. A function of weight
-    0 is logged only: its value and its failure are kept and change nothing.
+    0 is logged only: its value and its failure are kept and change nothing. A gated function adds its value where the
+    completion is right, 0 where it is wrong, and does not apply where nothing decides that. Without `rules`, every
+    function with a weight decides at 1 and none is gated.
     """
+    rules = make_rules(names, weights, {}) if rules is None else rules
     scores = {name: None if outcomes[name].failure else outcomes[name].value for name in names}
     failures = {name: outcomes[name].failure for name in names if outcomes[name].failure}
     weighted = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0]
-    terms = [weight * value for name, weight in weighted if (value := scores[name]) is not None]
+    correct = is_correct(rules, outcomes)
+    terms: list[float] = []
+    for name, weight in weighted:
+        value = scores[name]
+        if value is None or (name in rules.gated and correct is None):
+            continue
+        terms.append(0.0 if name in rules.gated and not correct else weight * value)
     reward: float | None = None
     if terms and not any(name in failures for name, _ in weighted):
         reward = sum(terms)
         if not abs(reward) <= LARGEST:
             failures["weighted sum"] = f"the weighted sum is {reward:g}"
             reward = None
-    return ScoredRollout(rollout=rollout, reward=reward, scores=scores, failures=failures)
+    return ScoredRollout(rollout=rollout, reward=reward, scores=scores, failures=failures, correct=correct)

@@ -35,11 +35,13 @@ def reward(
     """Declare a reward function: `@reward(kind="length", scope="group")`. Without it, `Declaration()` holds."""
     declaration = Declaration(kind=kind, scope=scope, low=low, high=high, version=version)
 
-    def declare(func: F) -> F:
-        setattr(func, _ATTRIBUTE, declaration)
-        return func
+    return lambda func: declare(func, declaration)
 
-    return declare
+
+def declare(func: F, declaration: Declaration) -> F:
+    """Attach a declaration to a function and return the function."""
+    setattr(func, _ATTRIBUTE, declaration)
+    return func
 
 
 def declaration_of(func: Callable[..., Any]) -> Declaration:

@@ -1,12 +1,13 @@
-"""From an entry of `rewards.funcs` to a callable.
+"""From an entry of `rewards.funcs` to a function that can be called.
 
-An entry is a built-in name, `package.module:function` or `path.py:function`. Reading an entry imports nothing of the
-user's; that happens in the workers only.
+An entry is a built-in name, `package.module:function` or `path.py:function`, the last two after `verl:`, `openrlhf:`,
+`swift:` or `verifiers:` for a function that was written for one of these. What is named may be a function in TRL's
+form, a callable object, a class of such objects, or a function that makes one. Reading an entry imports nothing of the
+user's; that happens in the workers' parent only.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -14,16 +15,22 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from ..errors import RewardError
+from .adapters import PREFIXES, adapt, stand_in_for_swift
+from .call import BoundFunction, Keywords, RunFacts
+from .contract import Declaration, declaration_of
 from .library import LIBRARY, PRELOADS
+from .options import check_options, construct, is_factory, nearest
 
 FORMS = "a built-in name, `package.module:function` or `path.py:function`"
+
+__all__ = ["FunctionSpec", "Loaded", "check_entries", "load", "load_function", "nearest", "read_entries"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,18 @@ class FunctionSpec:
     target: str
     """Built-in name, dotted module, or absolute path."""
     attribute: str = ""
+    form: str = "trl"
+    """Whose convention it is called by: `trl`, or one of `adapters.PREFIXES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A function that is ready to be called, and what is known of it."""
+
+    function: BoundFunction
+    declaration: Declaration
+    version: str
+    """What it declares, else a digest of the file that it is written in."""
 
 
 def read_entries(entries: Sequence[str]) -> tuple[FunctionSpec, ...]:
@@ -56,6 +75,13 @@ def read_entries(entries: Sequence[str]) -> tuple[FunctionSpec, ...]:
     return tuple(specs)
 
 
+def check_entries(specs: Sequence[FunctionSpec], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check the options of built-in functions, which needs no code of the user's. Raises RewardError."""
+    for spec in specs:
+        if spec.kind == "builtin":
+            check_options(spec.name, options.get(spec.name, {}), Keywords(spec.name, LIBRARY[spec.target]).keyword_only)
+
+
 def _qualified_name(spec: FunctionSpec) -> str:
     if spec.kind == "builtin":
         return spec.name
@@ -65,7 +91,14 @@ def _qualified_name(spec: FunctionSpec) -> str:
 def _read_entry(entry: str) -> FunctionSpec:
     if entry in LIBRARY:
         return FunctionSpec(name=entry, entry=entry, kind="builtin", target=entry)
-    target, colon, attribute = entry.rpartition(":")
+    form, _, rest = entry.partition(":")
+    if form in PREFIXES and ":" in rest:
+        return replace(_read_place(entry, rest), form=form)
+    return _read_place(entry, entry)
+
+
+def _read_place(entry: str, place: str) -> FunctionSpec:
+    target, colon, attribute = place.rpartition(":")
     if not colon or not target or not attribute:
         raise RewardError(f"rewards.funcs: `{entry}` is not {FORMS}", hint=_entry_hint(entry))
     if not all(part.isidentifier() for part in attribute.split(".")):
@@ -97,20 +130,50 @@ def _entry_hint(entry: str) -> str:
     return close or f"built in: {', '.join(LIBRARY)}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean `x`?" for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else ""
+def load(spec: FunctionSpec, options: Mapping[str, Any], facts: RunFacts) -> Loaded:
+    """Import what a spec names and make it ready to be called. Runs the user's code.
+
+    Raises RewardError if that cannot be done, or for an option that the function does not have.
+    """
+    found: Any = load_function(spec)
+    kept = dict(options)
+    if spec.form != "trl":
+        func, kept = adapt(spec.form, spec.name, found, options, facts), {}
+    elif inspect.isclass(found) or is_factory(spec.name, found):
+        func, kept = construct(spec.name, found, options), {}
+    else:
+        func = found
+        check_options(spec.name, options, Keywords(spec.name, func).keyword_only)
+    declaration = declaration_of(func)
+    return Loaded(
+        BoundFunction(spec.name, func, kept, facts=facts, pure=spec.kind == "builtin"),
+        declaration,
+        declaration.version or _digest(found),
+    )
+
+
+def _digest(found: Any) -> str:
+    """Return a digest of the file that a function or an object's class is written in, `unknown` if there is none."""
+    for candidate in (inspect.unwrap(found) if callable(found) else found, type(found)):
+        try:
+            file = inspect.getsourcefile(candidate)
+            if file:
+                return f"source {hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()}"
+        except (TypeError, OSError):
+            continue
+    return "unknown"
 
 
 def load_function(spec: FunctionSpec) -> Callable[..., Any]:
-    """Import what a spec names and return it. Runs the user's code.
+    """Import what a spec names and return it as it is. Runs the user's code.
 
     Raises RewardError if the module cannot be imported or has no such function, or if it is not callable.
     """
     if spec.kind == "builtin":
         PRELOADS.get(spec.target, lambda: None)()
         return LIBRARY[spec.target]
+    if spec.form == "swift":
+        stand_in_for_swift()
     module = _import_module(spec) if spec.kind == "module" else _import_file(spec)
     found: Any = module
     for part in spec.attribute.split("."):
@@ -121,11 +184,6 @@ def load_function(spec: FunctionSpec) -> Callable[..., Any]:
                 hint=nearest(part, names) or f"it has: {', '.join(names[:12]) or 'no function'}",
             )
         found = getattr(found, part)
-    if inspect.isclass(found):
-        raise RewardError(
-            f"rewards.funcs: `{spec.entry}` is a class; a function or an instance is needed",
-            hint=f"write `reward = {spec.attribute}()` in the file and name `reward`",
-        )
     if not callable(found):
         raise RewardError(
             f"rewards.funcs: `{spec.entry}` is a {type(found).__name__}, which cannot be called; a function is needed",

@@ -1,45 +1,45 @@
 """Scores rollouts in worker processes while others still decode.
 
-The pool runs in the trainer's thread: `pump` is called from the decode loop, never blocks, reads what is finished,
-enforces the limits and hands work out. A worker past its limit is killed and replaced; its completion is unscored,
-never 0.
+The pool runs in the trainer's thread: `pump` is called from the decode loop, never waits for a function, reads what is
+finished, enforces the limits and hands work out. A worker past its limit is killed and replaced; its completion is
+unscored, never 0. A group is scored as a whole when all its members are there and their own functions are done.
 """
 
 from __future__ import annotations
 
-import pickle
-import select
 import sys
-import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import RewardError, StropError
-from ..types import REWARD_KEYWORDS, Rollout, ScoredRollout
-from .call import NOT_PASSED, Completion
-from .combine import Outcome, combine
-from .load import read_entries
-from .process import Job, WorkerProcess
+from ..types import Rollout, ScoredRollout
+from .call import RunFacts
+from .combine import Outcome, combine, is_correct, make_rules
+from .contract import Declaration
+from .crew import Crew, Limits
+from .jobs import Group, Job, Member, pickled
+from .load import check_entries, read_entries
+from .options import check_names
 from .verdicts import VerdictLog
-from .wire import Setup
+from .wire import Report, Setup
 
 if TYPE_CHECKING:
     from ..config import RewardsConfig
 
-LOAD_LIMIT_S = 120.0
-"""A worker that has not imported the functions by then is an error."""
-MAX_BARREN_DEATHS = 3
-"""Workers in a row that may die without having answered anything before the run stops."""
+
+def say_on_stderr(text: str) -> None:
+    """Print a note where the caller offers no better place."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 class RewardPool:
     """Worker processes with the reward functions of a run; a context manager that kills them on exit.
 
-    Create and close it in a thread that outlives it: on Linux a worker dies with the thread that started it.
+    Create and close it in a thread that outlives it: on Linux the processes die with the thread that started them.
     """
 
     def __init__(
@@ -49,11 +49,17 @@ class RewardPool:
         default_funcs: Sequence[str],
         verdict_log: Path | None = None,
         output: Path | None = None,
+        max_completion_length: int | None = None,
+        max_steps: int | None = None,
+        note: Callable[[str], None] = say_on_stderr,
+        hash_seed: int = 0,
     ) -> None:
         """Read the entries and the verdict log; starts nothing and imports no user code.
 
         `default_funcs` stands in for an empty `rewards.funcs`. What functions print is appended to `output`, or goes to
-        standard error. Raises RewardError for an entry that cannot be read, RunError for an unreadable log.
+        standard error. `max_completion_length` and `max_steps` are what functions may ask for. `hash_seed` is the
+        workers' PYTHONHASHSEED. Raises RewardError for an entry, an option or a name that cannot be used, RunError for
+        an unreadable log.
         """
         self._specs = read_entries(config.funcs or default_funcs)
         if not self._specs:
@@ -65,17 +71,29 @@ class RewardPool:
             )
         self.names: tuple[str, ...] = tuple(spec.name for spec in self._specs)
         self.weights: tuple[float, ...] = config.weights or (1.0,) * len(self._specs)
-        self._timeout_s = config.timeout_s
-        self._num_workers = config.workers
+        check_names("rewards.options", config.options, self.names)
+        check_names("rewards.gated", config.gated or (), self.names)
+        check_entries(self._specs, config.options)
+        self._gated, self._options = config.gated, config.options
+        facts, folders = RunFacts(max_completion_length, max_steps), tuple(folder for folder in sys.path if folder)
+        setup = Setup(self._specs, folders, config.options, facts, int(config.memory_gib * 2**30))
+        self._crew = Crew(setup, Limits(config.workers, config.timeout_s), self, hash_seed)
+        self._note = note
         self._verdicts = VerdictLog(verdict_log)
         self._output_path = output
         self._output: IO[bytes] | None = None
         self._files = ExitStack()
-        self._workers: list[WorkerProcess] = []
+        self._members: list[Member] = []
+        self._groups: dict[tuple[str, int, int], Group] = {}
         self._jobs: dict[int, Job] = {}
-        self._pending: deque[Job] = deque()
         self._next_number = 0
-        self._barren_deaths = 0
+        self._closing = False
+        self._declared: dict[str, Declaration] | None = None
+        self._versions: dict[str, str] = {}
+        self._with_ids = True
+        self._rules = make_rules((), (), {})
+        self._sample_functions: tuple[int, ...] = ()
+        self._phases: tuple[tuple[int, ...], ...] = ()
         self._extras: dict[str, list[Any]] = {}
         self._metrics: dict[str, list[float]] = {}
         self._error: StropError | None = None
@@ -90,58 +108,85 @@ class RewardPool:
         self.close()
 
     def start(self) -> None:
-        """Start the workers and return at once; they import the functions meanwhile (see `wait_ready`)."""
+        """Start loading the functions and return at once (see `wait_ready`)."""
         if self._output_path is not None and self._output is None:
             self._output_path.parent.mkdir(parents=True, exist_ok=True)
             self._output = self._files.enter_context(self._output_path.open("ab"))
-        while len(self._workers) < self._num_workers:
-            self._workers.append(self._new_worker())
+        self._crew.start(self._output)
 
     def wait_ready(self) -> None:
-        """Block until every worker has loaded every function. Raises RewardError if one cannot be loaded."""
+        """Block until every function is loaded and every worker runs. Raises RewardError if one cannot be loaded."""
         self.start()
-        while not all(worker.ready for worker in self._workers):
+        while not self._crew.is_ready:
             self._turn(block=True)
 
-    def submit(self, rollout: Rollout, *, global_step: int | None = None) -> None:
+    def declarations(self) -> dict[str, Declaration]:
+        """Return what each function declares, by name; waits until they are loaded. Raises as `wait_ready`."""
+        self._raise_error()
+        while self._declared is None:
+            self.start()
+            self._turn(block=True)
+        return dict(self._declared)
+
+    def versions(self) -> dict[str, str]:
+        """Return the version of each function, by name; waits until they are loaded. Raises as `wait_ready`.
+
+        It is what a function declares, else a digest of the file that it is written in, else `unknown`.
+        """
+        self.declarations()
+        return dict(self._versions)
+
+    def submit(self, rollout: Rollout, *, group_size: int | None = None, global_step: int | None = None) -> None:
         """Queue a finished rollout; `pump` and `collect` do the work.
 
-        `global_step` is what functions see as `trainer_state.global_step`; by default the rollout's policy version.
-        Raises RewardError for a column whose name or value cannot be given to a function.
+        `group_size` completions of one problem and one policy version form a group; None: all that are submitted until
+        `collect`. Given, functions of group scope run as soon as a group is complete. `global_step` is what functions
+        see as `trainer_state.global_step`; by default the rollout's policy version. Raises RewardError for a column
+        whose name or value cannot be given to a function.
         """
         self._raise_error()
-        if not self._workers:
-            self.start()
-        job = self._new_job(rollout, rollout.policy_version if global_step is None else global_step)
-        self._jobs[job.number] = job
-        self._skip_known(job)
-        if job.remaining:
-            self._pending.append(job)
+        self.start()
+        step = rollout.policy_version if global_step is None else global_step
+        completion = pickled(rollout, step, self._options, with_ids=self._with_ids)
+        key = (rollout.problem.id, rollout.policy_version, step)
+        group = self._groups.get(key)
+        if group is None or group.is_full:
+            group = self._groups[key] = Group(group_size, deque(self._phases))
+        member = Member(rollout, completion, group)
+        group.members.append(member)
+        self._members.append(member)
+        if self._declared is not None:
+            self._admit(member)
 
     def pump(self) -> None:
         """Read results, enforce limits and hand out work without waiting. Raises RewardError on a broken contract."""
         self._turn(block=False)
 
     def collect(self) -> list[ScoredRollout]:
-        """Block until everything submitted is scored; return it in the order of submission and forget it."""
+        """Block until everything submitted is scored; return it in the order of submission and forget it.
+
+        Raises RewardError if a group lacks members that a function of group scope waits for.
+        """
         self._turn(block=False)
-        while any(job.remaining for job in self._jobs.values()):
+        while self._members and self._declared is None:
             self._turn(block=True)
-        jobs = list(self._jobs.values())
-        self._jobs.clear()
-        self._keep_logged(jobs)
+        self._close_groups()
+        while self._jobs:
+            self._turn(block=True)
+        members, self._members, self._closing = self._members, [], False
+        self._groups.clear()
+        self._keep_logged(members)
         return [
-            combine(
-                job.rollout, self.names, self.weights, {self.names[i]: outcome for i, outcome in job.outcomes.items()}
-            )
-            for job in jobs
+            combine(member.rollout, self.names, self.weights, self._by_name(member), self._rules) for member in members
         ]
 
-    def score(self, rollouts: Iterable[Rollout], *, global_step: int | None = None) -> list[ScoredRollout]:
+    def score(
+        self, rollouts: Iterable[Rollout], *, group_size: int | None = None, global_step: int | None = None
+    ) -> list[ScoredRollout]:
         """Score rollouts as they arrive; if their iterator raises, those that were submitted are dropped."""
         try:
             for rollout in rollouts:
-                self.submit(rollout, global_step=global_step)
+                self.submit(rollout, group_size=group_size, global_step=global_step)
                 self.pump()
             return self.collect()
         except BaseException:
@@ -152,8 +197,10 @@ class RewardPool:
         """Forget everything that was submitted and not collected."""
         for job in self._jobs.values():
             job.dropped = True
-        self._jobs.clear()
-        self._pending.clear()
+            self._crew.forget(job)
+        for table in (self._jobs, self._crew.pending, self._members, self._groups):
+            table.clear()
+        self._closing = False
 
     def take_metrics(self) -> dict[str, list[float]]:
         """Return what functions gave to `log_metric` for the rollouts of the last `collect`, in order; forget it."""
@@ -168,179 +215,129 @@ class RewardPool:
     def close(self) -> None:
         """Kill the workers and what they started. Safe to call twice."""
         self.discard()
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
+        self._crew.close()
         self._files.close()
         self._output = None
 
-    def _new_worker(self) -> WorkerProcess:
-        return WorkerProcess(Setup(self._specs, tuple(folder for folder in sys.path if folder)), self._output)
+    # --- completions and groups -------------------------------------------------------------------------------------
 
-    def _new_job(self, rollout: Rollout, global_step: int) -> Job:
-        problem = rollout.problem
-        columns = {name: value for name, value in problem.row.items() if name not in NOT_PASSED}
-        taken = [name for name in columns if name in REWARD_KEYWORDS]
-        if taken:
+    def learn(self, ready: Mapping[str, Any]) -> None:
+        """Take in what is known of the functions once they are loaded, and admit what was submitted before."""
+        first = self._declared is None
+        self._declared = {n: Declaration(*d) for n, d in zip(self.names, ready["declared"], strict=True)}
+        self._versions = dict(zip(self.names, ready["versions"], strict=True))
+        self._with_ids = bool(ready["with_ids"])
+        if not first:
+            return
+        self._rules = make_rules(self.names, self.weights, self._declared, self._gated)
+        if self._gated and not self._rules.marks:
             raise RewardError(
-                f"row {problem.id} has a column `{taken[0]}`, a name under which functions receive something else",
-                hint=f"rename the column `{taken[0]}` of the data set",
+                f"rewards.gated holds {', '.join(self._gated)}, and no other function decides what is right",
+                hint="rewards.gated: leave out the function that checks the answer",
             )
-        prompt = (
-            [dict(message) for message in problem.prompt] if not isinstance(problem.prompt, str) else problem.prompt
-        )
-        completion = Completion(
-            prompt=prompt,
-            completion=rollout.completion,
-            completion_ids=rollout.completion_token_ids,
-            prefill=problem.prefill,
-            columns=columns,
-            where=problem.id,
-            seed=rollout.seed,
-            global_step=global_step,
-        )
-        job = Job(self._next_number, rollout, _pickled(completion), deque(range(len(self._specs))))
-        self._next_number += 1
-        return job
+        for text in ready["notes"]:
+            self._note(text)
+        grouped = [i for i, name in enumerate(self.names) if self._declared[name].scope == "group"]
+        self._sample_functions = tuple(i for i in range(len(self.names)) if i not in grouped)
+        deciding = tuple(i for i in grouped if self.names[i] in self._rules.marks)
+        others = tuple(i for i in grouped if i not in deciding)
+        self._phases = tuple(phase for phase in (deciding, others) if phase)
+        for group in dict.fromkeys(member.group for member in self._members):
+            group.phases = deque(self._phases)
+        for member in self._members:
+            self._admit(member)
 
-    def _skip_known(self, job: Job) -> None:
-        """Replay verdicts of an earlier run of the same rollout without running the function."""
-        for index in list(job.remaining):
-            reason = self._verdicts.find(self.names[index], job.rollout)
+    def _admit(self, member: Member) -> None:
+        self._open(Job(self._next_number, (member,), member.group, deque(self._sample_functions)))
+
+    def _open(self, job: Job) -> None:
+        """Queue a job, without the functions whose verdict an earlier run has logged for it."""
+        self._next_number += 1
+        job.group.open_jobs += 1
+        self._jobs[job.number] = job
+        for index in tuple(job.remaining):
+            known = (self._verdicts.find(self.names[index], member.rollout) for member in job.members)
+            reason = next((found for found in known if found is not None), None)
             if reason is not None:
                 job.remaining.remove(index)
-                job.outcomes[index] = Outcome(None, reason)
+                for member in job.members:
+                    member.outcomes[index] = Outcome(None, reason)
+        if job.remaining:
+            self._crew.pending.append(job)
+        else:
+            self._finish(job)
+
+    def _settle(self, job: Job, outcomes: Sequence[Outcome]) -> None:
+        index = job.remaining.popleft()
+        for member, outcome in zip(job.members, outcomes, strict=True):
+            member.outcomes[index] = outcome
+        if not job.remaining:
+            self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        self._crew.forget(job)
+        if self._jobs.pop(job.number, None) is not None:
+            job.group.open_jobs -= 1
+            self._advance(job.group)
+
+    def _advance(self, group: Group) -> None:
+        """Call the next functions of group scope once all members and what they build on are there."""
+        if group.phases and not group.open_jobs and (group.is_full or self._closing):
+            members = group.in_order()
+            correct = tuple(is_correct(self._rules, self._by_name(member)) for member in members)
+            self._open(Job(self._next_number, members, group, deque(group.phases.popleft()), correct))
+
+    def _close_groups(self) -> None:
+        for group in dict.fromkeys(member.group for member in self._members) if self._phases else ():
+            if group.size is not None and not group.is_full:
+                names = ", ".join(self.names[index] for phase in self._phases for index in phase)
+                raise RewardError(
+                    f"problem {group.members[0].rollout.problem.id} has {len(group.members)} of {group.size} "
+                    f"completions, and {names} scores whole groups",
+                    hint="submit all completions of a group before `collect`, or give no `group_size`",
+                )
+            self._closing = True
+            self._advance(group)
+
+    def _by_name(self, member: Member) -> dict[str, Outcome]:
+        return {self.names[index]: outcome for index, outcome in member.outcomes.items()}
+
+    def _keep_logged(self, members: Sequence[Member]) -> None:
+        self._extras, self._metrics = {}, {}
+        for row, member in enumerate(members):
+            for column, value in member.extras.items():
+                self._extras.setdefault(column, [None] * len(members))[row] = value
+            for name, value in member.metrics:
+                self._metrics.setdefault(name, []).append(value)
+
+    def take(self, job: Job, report: Report) -> None:
+        """Keep what a function said of a job; the processes call this, not the trainer."""
+        for column, values in report.extras.items():
+            for member, value in zip(job.members, values, strict=True):
+                member.extras[column] = value
+        job.members[0].metrics.extend(report.metrics)
+        if report.by_machine:
+            self._log(job, report.outcomes[0].failure)
+        self._settle(job, report.outcomes)
+
+    def blame(self, job: Job, reason: str) -> None:
+        """Leave what a job was running unscored, for every completion of it; called by the processes."""
+        self._log(job, reason)
+        self._settle(job, [Outcome(None, reason)] * len(job.members))
+
+    def _log(self, job: Job, reason: str) -> None:
+        """Put a verdict that says something of the machine on disk, before it is used."""
+        self._verdicts.add(self.names[job.remaining[0]], [member.rollout for member in job.members], reason)
 
     def _turn(self, *, block: bool) -> None:
-        """One round: wait if asked to, read, enforce limits, hand out. What it raises once, it raises ever after."""
+        """Let the processes go on. What it raises once, it raises ever after."""
         self._raise_error()
         try:
-            self._round(block)
+            self._crew.turn(block=block)
         except StropError as e:
             self._error = e
             raise
 
-    def _round(self, block: bool) -> None:
-        if block:
-            self._wait()
-        for worker in list(self._workers):
-            for report in worker.receive():
-                if report is None:
-                    self._replace_dead(worker)
-                else:
-                    self._take(worker, report)
-        self._enforce_limits()
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        while self._pending:
-            free = [worker for worker in self._workers if worker.has_room]
-            if not free:
-                break
-            min(free, key=lambda worker: len(worker.jobs)).hand(self._pending.popleft())
-        for worker in self._workers:
-            worker.send()
-
-    def _wait(self) -> None:
-        """Sleep until a worker reports, takes more bytes, or reaches its limit."""
-        now = time.monotonic()
-        limits = [limit for worker in self._workers if (limit := self._limit(worker)) is not None]
-        timeout = max(0.0, min(limits) - now) if limits else LOAD_LIMIT_S
-        poller = select.poll()
-        for worker in self._workers:
-            poller.register(worker.read_fd, select.POLLIN)
-            if worker.write_fd is not None:
-                poller.register(worker.write_fd, select.POLLOUT)
-        poller.poll(timeout * 1000 + 1)
-
-    def _limit(self, worker: WorkerProcess) -> float | None:
-        start = worker.running_since
-        if start is None:
-            return None
-        return start + (self._timeout_s if worker.ready else LOAD_LIMIT_S)
-
-    def _take(self, worker: WorkerProcess, report: dict[str, Any]) -> None:
-        if "refused" in report:
-            raise RewardError(str(report["refused"]), hint=str(report["hint"]))
-        if "ready" in report:
-            worker.ready = True
-            return
-        job, index = worker.jobs[0], worker.jobs[0].remaining[0]
-        assert (report["job"], report["function"]) == (job.number, index), "a worker answers in order"
-        self._barren_deaths = 0
-        worker.note_duration(report["seconds"] * len(self._specs))
-        job.extras.update(report.get("extras", {}))
-        job.metrics.extend((name, value) for name, value in report.get("metrics", ()))
-        self._settle(job, Outcome(report["value"], report["failure"]))
-        if not job.remaining:
-            worker.jobs.popleft()
-
-    def _settle(self, job: Job, outcome: Outcome) -> None:
-        job.outcomes[job.remaining.popleft()] = outcome
-
-    def _enforce_limits(self) -> None:
-        for worker in list(self._workers):
-            limit = self._limit(worker)
-            if limit is None or time.monotonic() < limit:
-                continue
-            if not worker.ready:
-                raise RewardError(
-                    f"a reward worker has not imported its functions within {LOAD_LIMIT_S:g} s",
-                    hint="look for work at import time in the files of rewards.funcs, and move it into the function",
-                )
-            self._replace(worker, f"ran past the limit of {self._timeout_s:g} s (rewards.timeout_s)")
-
-    def _replace_dead(self, worker: WorkerProcess) -> None:
-        how = worker.kill()
-        if worker.ready and worker.running_since is not None:
-            self._replace(worker, f"the worker process died ({how})")
-            return
-        self._barren_deaths += 1
-        if self._barren_deaths >= MAX_BARREN_DEATHS:
-            raise RewardError(
-                f"{self._barren_deaths} reward workers in a row died without an answer, the last with {how}",
-                hint=f"import the functions by hand to see why: {', '.join(spec.entry for spec in self._specs)}",
-            )
-        self._replace(worker, "")
-
-    def _replace(self, worker: WorkerProcess, reason: str) -> None:
-        """Kill a worker, blame what it was running (unless `reason` is empty), hand the rest to others."""
-        worker.kill()
-        self._workers[self._workers.index(worker)] = self._new_worker()
-        if reason:
-            job = worker.jobs[0]
-            self._verdicts.add(self.names[job.remaining[0]], job.rollout, reason)  # on disk before it is used
-            self._settle(job, Outcome(None, reason))
-        unfinished = [job for job in worker.jobs if job.remaining and not job.dropped]
-        self._pending.extendleft(reversed(unfinished))
-
-    def _keep_logged(self, jobs: Sequence[Job]) -> None:
-        self._extras, self._metrics = {}, {}
-        for row, job in enumerate(jobs):
-            for column, value in job.extras.items():
-                self._extras.setdefault(column, [None] * len(jobs))[row] = value
-            for name, value in job.metrics:
-                self._metrics.setdefault(name, []).append(value)
-
     def _raise_error(self) -> None:
         if self._error is not None:
             raise type(self._error)(self._error.message, hint=self._error.hint)
-
-
-def _pickled(completion: Completion) -> bytes:
-    try:
-        return pickle.dumps(completion)
-    except Exception as e:  # pickling runs code of whatever the row holds
-        bad = [name for name, value in completion.columns.items() if not _can_pickle(value)]
-        raise RewardError(
-            f"row {completion.where}: the column {', '.join(bad)} cannot be sent to the reward worker: {e}",
-            hint="keep to text, numbers, lists, dates and bytes in the columns of the data set",
-        ) from e
-
-
-def _can_pickle(value: Any) -> bool:
-    try:
-        pickle.dumps(value)
-    except Exception:
-        return False
-    return True

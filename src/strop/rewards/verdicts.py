@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RunError
@@ -34,18 +35,19 @@ class VerdictLog:
         """Return the reason why this function gave no score for this completion earlier, or None."""
         return self._reasons.get(_key(name, rollout)) if self._reasons else None
 
-    def add(self, name: str, rollout: Rollout, reason: str) -> None:
-        """Write a verdict to disk. Raises RunError if that fails."""
-        key = _key(name, rollout)
-        self._reasons[key] = reason
+    def add(self, name: str, rollouts: Iterable[Rollout], reason: str) -> None:
+        """Write the verdict on one completion, or on all of a group, to disk. Raises RunError if that fails."""
+        keys = [_key(name, rollout) for rollout in rollouts]
+        self._reasons |= dict.fromkeys(keys, reason)
         if self._path is None:
             return
-        line = json.dumps({"function": key[0], "seed": key[1], "text": key[2], "reason": reason}) + "\n"
+        entries = ({"function": key[0], "seed": key[1], "text": key[2], "reason": reason} for key in keys)
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
         is_new = not self._path.exists()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
             if is_new:

@@ -1,12 +1,14 @@
-"""A process that runs reward functions: `python -m strop.rewards.worker`, started and killed by the pool.
+"""What a worker does: take work, call reward functions, report.
 
-It is a fresh interpreter, so it holds no torch and never imports the user's `__main__`. It takes frames on standard
-input and answers on what was standard output; the functions themselves see an empty standard input, and what they print
-goes to standard error. It ends when its input ends, and on Linux also when its parent dies in the middle of a call.
+Workers are forked by `forkserver`, which has loaded the functions. `python -m strop.rewards.worker INBOX OUTBOX` is the
+other way, for functions whose process cannot be forked: a fresh interpreter that loads them itself. Either way a worker
+holds no torch of ours and never imports the user's `__main__`. The pipes of the protocol are descriptors that no user
+code knows: functions see an empty standard input, and what they print goes through the server into the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -16,82 +18,76 @@ from typing import Any, BinaryIO
 
 from ..errors import RewardError
 from .call import BoundFunction, Completion
-from .load import load_function
-from .wire import Setup, Work, encode_report, jsonable, read_frame
+from .limits import die_with_parent, limit_worker
+from .load import Loaded, load
+from .wire import Setup, Work, decode_work, encode_message, encode_report, read_frame
 
 
 def main() -> None:
-    """Serve until the input ends."""
-    inbox, outbox = _private_pipes()
-    _die_with_parent()
-    setup = read_frame(inbox)
-    if setup is None:
+    """Load the functions in a fresh interpreter and serve until the inbox ends."""
+    inbox, outbox = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent()
+    plain_streams()
+    stream = os.fdopen(inbox, "rb", buffering=1 << 16)
+    body = read_frame(stream)
+    if body is None:
         return
+    setup: Setup = pickle.loads(body)
     try:
-        functions = _load(pickle.loads(setup))
+        functions = [loaded.function for loaded in load_all(setup)]
     except RewardError as e:
-        _send(outbox, {"refused": e.message, "hint": e.hint})
+        _send(outbox, encode_message({"refused": e.message, "hint": e.hint}))
         return
-    _send(outbox, {"ready": True})
+    serve(stream, outbox, functions, setup.memory_bytes)
+
+
+def load_all(setup: Setup) -> list[Loaded]:
+    """Import all functions of a run. Raises RewardError for one that cannot be loaded."""
+    sys.path.extend(folder for folder in setup.sys_path if folder not in sys.path)
+    # A function that imports it in its first call would draw from a generator that no one has seeded.
+    with contextlib.suppress(ImportError):
+        import numpy.random  # noqa: F401
+    return [load(spec, setup.options.get(spec.name, {}), setup.facts) for spec in setup.specs]
+
+
+def plain_streams() -> None:
+    """Let what functions print appear line by line, whatever it holds, on what descriptors 1 and 2 are by now."""
+    sys.stdout = sys.__stdout__ = open(1, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+def serve(inbox: BinaryIO, outbox: int, functions: Sequence[BoundFunction], memory_bytes: int) -> None:
+    """Cap this process, say that it is ready, and score until the inbox ends."""
+    limit_worker(memory_bytes)
+    _send(outbox, encode_message({"ready": True}))
     run_async = _AsyncRunner()
     while (body := read_frame(inbox)) is not None:
         try:
-            _score(outbox, functions, pickle.loads(body), run_async)
+            _score(outbox, functions, decode_work(body), run_async)
         except RewardError as e:
-            _send(outbox, {"refused": e.message, "hint": e.hint})
-
-
-def _private_pipes() -> tuple[BinaryIO, int]:
-    """Move the pool's pipes to descriptors that no user code knows, and give it harmless ones instead."""
-    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure: Callable[..., None] = getattr(stream, "reconfigure", lambda **_: None)
-        reconfigure(line_buffering=True, errors="backslashreplace")
-    return inbox, outbox
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _load(setup: Setup) -> list[BoundFunction]:
-    sys.path.extend(folder for folder in setup.sys_path if folder not in sys.path)
-    return [BoundFunction(spec.name, load_function(spec)) for spec in setup.specs]
+            _send(outbox, encode_message({"refused": e.message, "hint": e.hint}))
 
 
 def _score(outbox: int, functions: Sequence[BoundFunction], work: Work, run_async: Callable[[Any], Any]) -> None:
+    job, indices, correct, bodies = work
     process = os.getpid()
-    for index in work.functions:
-        completion: Completion = _unpickle(work.completion)
+    kept: list[Completion] | None = None
+    for index in indices:
+        function = functions[index]
+        completions = kept if kept is not None and function.pure else [_unpickled(body) for body in bodies]
+        # A function of ours leaves its arguments as they are; after any other they are read anew.
+        kept = completions if function.pure else None
         start = time.perf_counter()
-        outcome, logged = functions[index](completion, run_async)
+        outcomes, logged = function.score(completions, run_async, correct)
         if os.getpid() != process:
             os._exit(0)  # a child that the function forked and let return
-        report: dict[str, Any] = {
-            "job": work.job,
-            "function": index,
-            "value": outcome.value,
-            "failure": outcome.failure,
-            "seconds": time.perf_counter() - start,
-        }
-        if logged.extras:
-            report["extras"] = {column: jsonable(value) for column, value in logged.extras.items()}
-        if logged.metrics:
-            report["metrics"] = logged.metrics
-        _send(outbox, report)
+        seconds = time.perf_counter() - start
+        _send(outbox, encode_report(job, index, outcomes, seconds, logged))
 
 
-def _unpickle(body: bytes) -> Completion:
+def _unpickled(body: memoryview) -> Completion:
     try:
-        return pickle.loads(body)
+        return Completion(*pickle.loads(body))
     except Exception as e:  # unpickling runs the constructors of whatever the row holds
         raise RewardError(
             f"a row cannot be read in the reward worker: {type(e).__name__}: {e}",
@@ -99,10 +95,10 @@ def _unpickle(body: bytes) -> Completion:
         ) from e
 
 
-def _send(outbox: int, report: dict[str, Any]) -> None:
-    data = memoryview(encode_report(report))
-    while data:
-        data = data[os.write(outbox, data) :]
+def _send(outbox: int, message: bytes) -> None:
+    written = os.write(outbox, message)
+    while written < len(message):
+        written += os.write(outbox, message[written:])
 
 
 class _AsyncRunner:

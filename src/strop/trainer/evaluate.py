@@ -75,7 +75,7 @@ def evaluate(
         if stop():
             parts.pool.discard()
             return None
-        parts.pool.submit(rollout)
+        parts.pool.submit(rollout, group_size=num_samples(parts))
         on_finished(rollout)
     return summarise(in_order(parts.pool.collect(), requests), num_samples(parts), verdict_name(parts))
 

@@ -10,7 +10,7 @@ from ..config_load import load_config
 from ..errors import CheckpointError, ConfigError
 from ..monitor.progress import Progress
 from ..monitor.summary import EvalSummary
-from ..policy.optim import MasterAdamW
+from ..policy.optim import make_optimizer
 from .checkpoint import Checkpoint, read_latest
 from .evaluate import eval_requests, evaluate
 from .parts import build, make_pool, prepare
@@ -24,10 +24,10 @@ def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
     prepared = prepare(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(stall_warning_s=config.run.stall_warning_s))
-        pool = stack.enter_context(make_pool(config, prepared.task.default_rewards))
+        pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, note=progress.note))
         parts = stack.enter_context(build(prepared, pool, progress.note))
         if checkpoint is not None:
-            optimizer = MasterAdamW(parts.policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+            optimizer = make_optimizer(parts.policy.trainable, config.optim)
             optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
             parts.weights.publish()
             parts.weights.version = checkpoint.step

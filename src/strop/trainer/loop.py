@@ -18,6 +18,7 @@ from ..objective.schedule import learning_rate
 from ..seeding import rollout_requests
 from ..types import Request
 from .evaluate import finishing_order
+from .parts import length_shaping
 from .session import Session, open_session
 from .update import update
 
@@ -37,7 +38,7 @@ def train(
     with open_session(checked, folder, resume=resume) as session:
         session.evaluate_before()
         try:
-            while session.state.step < checked.run.max_steps and not session.interrupt.requested:
+            while session.goes_on:
                 train_step(session)
                 session.checkpoint_if_due()
         except DivergenceError:
@@ -69,16 +70,16 @@ def train_step(session: Session) -> None:
             max_completion_length=config.rollout.max_completion_length,
             mask_truncated_completions=config.objective.mask_truncated_completions,
             keep_groups_without_signal=config.objective.beta > 0,
+            shaping=length_shaping(config),
         )
-        batches = pack(batch.samples, parts.plan.micro_batch_tokens, share_prompt=config.optim.share_prompt)
-    with session.phase("train", len(batches)):
-        parts.engine.release_memory()
+        tokens = session.limit.within(parts.plan.micro_batch_tokens)
+        batches = pack(batch.samples, tokens, share_prompt=config.optim.share_prompt)
+    with session.phase("train", len(batches)), parts.training_memory():
         stats = update(
             parts.policy, session.optimizer, batches, config.objective,
             learning_rate=_learning_rate(config, step), max_grad_norm=config.optim.max_grad_norm,
-            on_batch=session.progress.advance,
+            on_batch=session.progress.advance, limit=session.limit,
         )  # fmt: skip
-        parts.engine.restore_memory()
     with session.phase("publish"):
         parts.weights.publish()
     session.record(scored_N, batch, stats, extras)
@@ -90,7 +91,7 @@ def _generate_and_submit(session: Session, requests_N: tuple[Request, ...]) -> N
     for rollout in parts.engine.generate(
         requests_N, parts.sampling, policy_version=parts.weights.version, progress=session.on_engine_step
     ):
-        parts.pool.submit(rollout, global_step=session.state.step)
+        parts.pool.submit(rollout, group_size=session.config.rollout.num_generations, global_step=session.state.step)
         session.progress.advance(1, tokens=rollout.num_completion_tokens)
 
 

@@ -13,10 +13,11 @@ from ..config import Config
 from ..engine.base import Engine, EngineSettings
 from ..engine.select import resolve_engine
 from ..errors import ConfigError
-from ..memory.machine import detect_machine
+from ..memory.machine import Machine, detect_machine
 from ..memory.plan import Plan, make_plan
 from ..memory.shapes import ModelShape
-from ..rewards.pool import RewardPool
+from ..objective.shaping import PolarityBonus
+from ..rewards.pool import RewardPool, say_on_stderr
 from ..tasks.base import Task, build_task
 from ..tasks.render import Renderer
 from ..types import Sampling
@@ -24,6 +25,7 @@ from ..types import Sampling
 if TYPE_CHECKING:
     import torch
 
+    from ..memory.dial import VramDial
     from ..policy.load import ModelSource
     from ..policy.policy import Policy
     from ..weights import SharedWeights
@@ -37,6 +39,7 @@ class Prepared:
     source: ModelSource
     task: Task
     plan: Plan
+    machine: Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,20 @@ class Parts:
     engine: Engine
     weights: SharedWeights
     pool: RewardPool
+    dial: VramDial | None = None
+    """The cap on the card's memory; None on a CPU."""
+
+    @contextmanager
+    def training_memory(self) -> Iterator[None]:
+        """Give the memory of the engine's KV cache to training inside the block, where the plan says so."""
+        self.engine.release_memory()
+        if self.dial is not None:
+            self.dial.training(self.plan.kv_cache_bytes if self.plan.release_kv else 0)
+        with deterministic_kernels(self.config.run.deterministic and self.plan.device == "cuda"):
+            yield
+        if self.dial is not None:
+            self.dial.rollouts()
+        self.engine.restore_memory()
 
     @property
     def sampling(self) -> Sampling:
@@ -78,24 +95,45 @@ def prepare(config: Config, kept: Mapping[str, Any] | None = None) -> Prepared:
 
     if config.lora.init_from:
         check_adapter_folder(config.lora.init_from)
-    source = open_model(model_path(config))
+    source = open_model(model_path(config), config.model.quantization)
     renderer = Renderer(source.tokenizer, chat_template_kwargs=config.task.chat_template_kwargs)
     task = build_task(config.task, renderer, seed=config.run.seed, eval_size=config.task.eval_size)
     engine, reason = resolve_engine(config.model.engine)
     shape = ModelShape.from_config(source.config)
-    plan = make_plan(config, shape, detect_machine(), engine=engine, engine_reason=reason, kept=kept)
+    machine = detect_machine()
+    plan = make_plan(config, shape, machine, engine=engine, engine_reason=reason, kept=kept)
     available = task.num_problems
     if available is not None and config.rollout.num_prompts > available:
         raise ConfigError(
             f"rollout.num_prompts is {config.rollout.num_prompts}, the task has {available} problems",
             hint=f"rollout.num_prompts: at most {available}, or give the task more problems",
         )
-    return Prepared(config, source, task, plan)
+    return Prepared(config, source, task, plan, machine)
 
 
-def make_pool(config: Config, task_rewards: tuple[str, ...], verdict_log: Path | None = None) -> RewardPool:
-    """Return the run's reward pool, not started yet."""
-    return RewardPool(config.rewards, default_funcs=task_rewards, verdict_log=verdict_log)
+def length_shaping(config: Config) -> PolarityBonus | None:
+    """Return what a run does to advantages for length's sake; None for nothing."""
+    rewards = config.rewards
+    if rewards.length_shaping == "none":
+        return None
+    return PolarityBonus(rewards.length_shaping_weight, rewards.length_shaping_from)
+
+
+def make_pool(
+    config: Config,
+    task_rewards: tuple[str, ...],
+    verdict_log: Path | None = None,
+    note: Callable[[str], None] = say_on_stderr,
+) -> RewardPool:
+    """Return the run's reward pool, not started yet; `note` takes what its processes have to say."""
+    return RewardPool(
+        config.rewards,
+        default_funcs=task_rewards,
+        verdict_log=verdict_log,
+        max_completion_length=config.rollout.max_completion_length,
+        max_steps=config.run.max_steps,
+        note=note,
+    )
 
 
 @contextmanager
@@ -112,7 +150,10 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
 
     config, plan = prepared.config, prepared.plan
     torch.set_num_threads(plan.threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products
     with ExitStack() as stack:
+        dial = _dial(prepared)
         adapters = {}
         model, engine = _model_and_engine(prepared, note)
         stack.callback(engine.close)
@@ -123,19 +164,47 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
             )  # fmt: skip
             if config.lora.init_from:
                 lora.load_adapter(adapters, Path(config.lora.init_from))
-        policy = Policy(model, config.rollout.temperature, adapters)
+        policy = Policy(
+            model, config.rollout.temperature, adapters, checkpoint_layers=plan.checkpoint_layers,
+            logit_rows=plan.logit_rows,
+        )  # fmt: skip
         if config.objective.beta > 0 and (not adapters or config.lora.init_from):
             policy.freeze_reference()
         check_packed_forward(policy)
         weights = SharedWeights(policy, engine)
-        yield Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool)
+        yield Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool, dial)
+
+
+def _dial(prepared: Prepared) -> VramDial | None:
+    if prepared.plan.device != "cuda":
+        return None
+    from ..memory.dial import VramDial
+
+    return VramDial(prepared.plan.memory_bytes, free_bytes=prepared.machine.memory_bytes)
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Let torch use only kernels that give the same bits each time inside the block; raises where it has none."""
+    import torch
+
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read that was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[torch.nn.Module, Engine]:
     import torch
 
     from ..policy import lora
-    from ..policy.load import build_on_meta, load_weights, torch_dtype
+    from ..policy.load import build_on_meta, torch_dtype
+    from ..policy.nf4 import held_as, load_model
     from ..weights import alias_parameters
 
     source, plan, config = prepared.source, prepared.plan, prepared.config
@@ -147,7 +216,7 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     if plan.engine == "transformers":
         from ..engine.transformers_engine import TransformersEngine
 
-        model = load_weights(source, dtype, torch.device(plan.device))
+        model = load_model(source, config.model, dtype, torch.device(plan.device))
         pad = source.tokenizer.pad_token_id
         pad = source.stop_token_ids[0] if pad is None else pad
         return model, TransformersEngine(model, decode, max_num_seqs=plan.max_num_seqs, pad_token_id=pad)
@@ -160,16 +229,18 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     vllm_compat.prepare_environment(plan.device, plan.threads)
     from ..engine.vllm_engine import VllmEngine
 
+    head, embedding = held_as(source, config.model)
     settings = EngineSettings(
         model_path=source.path, dtype=plan.dtype, max_model_len=plan.max_model_len, max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens, kv_cache_bytes=plan.kv_cache_bytes,
         block_size=plan.block_size, seed=config.run.seed, lora_rank=config.lora.r,
-        lora_target_modules=config.lora.target_modules,
+        lora_target_modules=config.lora.target_modules, quantization=config.model.quantization,
+        kept_modules=source.kept_modules, head=head, embedding=embedding,
     )  # fmt: skip
     model = build_on_meta(source, dtype)
     if config.lora.r:  # a wrong name shows before anything slow is loaded
         lora.find_targets(model, config.lora.target_modules)
-    engine = VllmEngine(settings, decode, device=plan.device)
+    engine = VllmEngine(settings, decode, device=plan.device, note=note)
     alias_parameters(model, engine)
     move_buffers(model, torch.device(plan.device))
     return model, engine

@@ -31,6 +31,12 @@ MAY_CHANGE = frozenset(
         "run.rollout_steps",
         "rewards.timeout_s",
         "rewards.workers",
+        "rewards.memory_gib",
+        "monitor.action",
+        "monitor.actions",
+        "monitor.thresholds",
+        "monitor.window",
+        "monitor.canary_steps",
     }
 )
 """Settings that a resumed run may change; what it has learned so far stays valid."""
@@ -44,7 +50,7 @@ PACKAGES = (
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CONFIG = "config.resolved.yaml"
 _START_FILES = frozenset({_CONFIG, "environment.json", "plan.json"})
-_LOGS = frozenset({"metrics.jsonl", "verdicts.jsonl"})
+_LOGS = frozenset({"metrics.jsonl", "verdicts.jsonl", "diagnoses.jsonl"})
 _PATH_SETTINGS = frozenset({"model.path", "task.path", "lora.init_from", "rewards.funcs"})
 
 

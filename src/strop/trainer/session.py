@@ -19,14 +19,19 @@ from ..monitor.summary import EvalSummary, StopReason, build_summary
 from ..monitor.trackers import Trackers
 from ..objective.samples import SampleBatch
 from ..policy import lora
-from ..policy.optim import MasterAdamW
+from ..policy.optim import Optimizer, make_optimizer
+from ..rewards.lint import check_rewards
 from ..types import Metric, ScoredRollout, StepStats, merge_metrics
+from .canary import VerdictChangedError
 from .checkpoint import Checkpoint, read_latest, write_checkpoint
 from .evaluate import UnscoredError, correct, eval_requests, evaluate, num_samples, verdict_name
 from .interrupt import Interrupt
-from .parts import Parts, build, make_pool, prepare
+from .parts import Parts, build, length_shaping, make_pool, prepare
+from .rewards_command import check_before_training
 from .runfolder import RunFolder, open_run_folder
 from .state import RunState
+from .update import MicroBatchLimit
+from .watch import DIAGNOSES_FILE, Watch, open_watch, stopped_by
 
 MAX_NONFINITE_STEPS = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -38,13 +43,14 @@ class Session:
 
     config: Config
     parts: Parts
-    optimizer: MasterAdamW
+    optimizer: Optimizer
     folder: RunFolder
     progress: Progress
     interrupt: Interrupt
     metrics: MetricsLog
     rollouts: RolloutStore
     trackers: Trackers
+    watch: Watch
     state: RunState
     saved_step: int
     """Step of the newest checkpoint; -1 without one."""
@@ -52,6 +58,7 @@ class Session:
     times: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds of this step by phase."""
     step_started: float = field(default_factory=time.perf_counter)
+    limit: MicroBatchLimit = field(default_factory=MicroBatchLimit)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -111,6 +118,7 @@ class Session:
         step, config, state = self.state.step, self.config, self.state
         verdict = verdict_name(self.parts)
         verdicts = [v for s in scored_N if (v := correct(s, verdict)) is not None]
+        seen = self.watch.see(scored_N, batch.advantages_N)
         extra = {
             "accuracy": Metric(sum(verdicts), len(verdicts)),
             "optimizer_steps": Metric(float(stats.stepped), kind="sum"),
@@ -123,19 +131,21 @@ class Session:
             state.nonfinite_steps += 1
         elif stats.stepped:  # a step without signal says nothing, so it leaves the count alone
             state.nonfinite_steps = 0
-        values |= {"num_tokens": state.num_tokens, "nonfinite_steps": state.nonfinite_steps}
+        values |= {"num_tokens": state.num_tokens, "nonfinite_steps": state.nonfinite_steps, **seen.metrics}
         values |= self._logged_by_rewards(values)
         if config.run.eval_steps and state.step % config.run.eval_steps == 0 and state.step < config.run.max_steps:
             result = self.evaluate_or_say(stoppable=False)
             if result is not None:
                 values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
                 self.progress.say(f"held out after step {state.step}: {shown(result)}")
+        values |= self.watch.follow(step, seen, values)
         generated = sum(s.rollout.num_completion_tokens for s in scored_N)
         values |= self._timings(generated, values.get("num_trained_tokens", 0))
         self.metrics.write(step, values)
         self.trackers.log(step, values)
         if config.run.rollout_steps and step % config.run.rollout_steps == 0:
             self.rollouts.write(step, scored_N, batch.advantages_N, extras)
+        self.watch.keep_canary(step, scored_N)
         self._tell(step, values, scored_N, stats)
 
     def _logged_by_rewards(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -154,6 +164,7 @@ class Session:
         for name, reason in sorted({(n, r) for s in scored_N for n, r in s.failures.items()})[:2]:
             effect = "gave no value" if weights.get(name) == 0 else "left completions unscored"
             self.progress.note(f"step {step + 1}: reward `{name}` {effect}: {reason}")
+        self.watch.tell(step, self.progress)
         if self.state.nonfinite_steps >= MAX_NONFINITE_STEPS:
             kept = f"checkpoint-{self.saved_step} is kept" if self.saved_step >= 0 else "no checkpoint was written yet"
             raise DivergenceError(
@@ -177,11 +188,33 @@ class Session:
             "step_time": total,
         }
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether another step is to be made: steps are left, and neither the user nor a monitor ends the run.
+
+        A monitor waits for a step that was finite, since no checkpoint is written of another.
+        """
+        ended = self.interrupt.requested or (self.watch.halt is not None and not self.state.nonfinite_steps)
+        return self.state.step < self.config.run.max_steps and not ended
+
+    def check_canary(self) -> None:
+        """Score the stored completions again; a changed verdict ends the run, with a checkpoint."""
+        assert self.watch.canary is not None, "it is checked once it was taken"
+        try:
+            with self.progress.phase("canary"):
+                self.watch.canary.check(self.parts.pool, step=self.state.step)
+        except VerdictChangedError:
+            self.save()
+            self.summarise("failed", None)
+            raise
+
     def checkpoint_if_due(self) -> None:
         """Write a checkpoint every `save_steps` and at the end."""
         step, run = self.state.step, self.config.run
         if step % run.save_steps == 0 or step >= run.max_steps:
             self.save()
+        if self.watch.canary_is_due(step):
+            self.check_canary()
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one or the last step was not finite.
@@ -192,6 +225,7 @@ class Session:
             return
         with self.progress.phase("checkpoint"):
             state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
+            state |= {"monitor": self.watch.monitor.as_dict(), "reward_versions": self.parts.pool.versions()}
             write_checkpoint(
                 self.folder.path,
                 self.state.step,
@@ -216,10 +250,19 @@ class Session:
         return self.state.seconds + time.monotonic() - self.started
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the trained policy, or keep what there is when the user stopped; write and return the summary."""
+        """Evaluate the trained policy, or keep what there is when the run ends early; write and return the summary.
+
+        Raises DiagnosisError when a monitor stops the run.
+        """
         for reason, count in self.parts.task.dropped.items():
             self.progress.note(f"{count} problems were left out: {reason}")
-        after = None
+        after, halt = None, self.watch.halt
+        if self.state.step < self.config.run.max_steps and halt is not None and not self.state.nonfinite_steps:
+            self.save()
+            summary = self.summarise("paused" if halt.action == "pause" else "stopped", None)
+            if halt.action == "stop":
+                raise stopped_by(halt, self.state.step)
+            return summary
         if not self.interrupt.requested:
             after = self.evaluate_or_say(stoppable=True)
             if after is not None:
@@ -238,6 +281,7 @@ class Session:
             reward=self.state.reward,
             eval_before=self.state.eval_before,
             eval_after=after,
+            diagnoses=self.watch.monitor.summary(),
         )
         self.folder.write_json("summary.json", summary)
         return summary
@@ -264,35 +308,44 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
         with progress.phase("start"):
             checkpoint = read_latest(folder.path) if resume else None
             prepared = prepare(config, checkpoint.state["promise"] if checkpoint else None)
-            for line in prepared.plan.lines():
+            for warning in check_rewards(config, prepared.task.default_rewards):
+                progress.note(warning)
+            for line in [*prepared.plan.lines(), *map(str, filter(None, [length_shaping(config)]))]:
                 progress.say(line)
             folder.write_json("plan.json", prepared.plan.as_dict())
             for notice in folder.write_environment(threads=prepared.plan.threads):
                 progress.note(notice)
-            pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, folder.path / "verdicts.jsonl"))
+            verdicts = folder.path / "verdicts.jsonl"
+            pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, verdicts, progress.note))
+            if checkpoint is None:
+                check_before_training(prepared, progress.note, progress.say)
             parts = stack.enter_context(build(prepared, pool, progress.note))
-            optim = config.optim
-            optimizer = MasterAdamW(
-                parts.policy.trainable, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon,
-                weight_decay=optim.weight_decay,
-            )  # fmt: skip
+            optimizer = make_optimizer(parts.policy.trainable, config.optim)
             state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
             pool.wait_ready()
             last_step = state.step - 1 if resume else None
             metrics = stack.enter_context(MetricsLog(folder.metrics_path, resume_step=last_step))
+            diagnoses = stack.enter_context(MetricsLog(folder.path / DIAGNOSES_FILE, resume_step=last_step))
+            stored = checkpoint.state.get("monitor", {}) if checkpoint else None
+            watch = open_watch(config, folder.path, parts, diagnoses, stored)
+            watch.remind(progress)
             rollouts = RolloutStore(folder.rollouts_path)
             if resume:
                 rollouts.truncate_after(last_step)
             trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
             stack.callback(trackers.close)
             progress.start_at(state.step, config.run.max_steps)
-        yield Session(
-            config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, state,
+        session = Session(
+            config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, watch, state,
             saved_step=checkpoint.step if checkpoint else -1, started=started,
+            limit=MicroBatchLimit(note=progress.note),
         )  # fmt: skip
+        if watch.canary is not None:
+            session.check_canary()
+        yield session
 
 
-def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: MasterAdamW, progress: Progress) -> RunState:
+def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: Optimizer, progress: Progress) -> RunState:
     for message in checkpoint.skipped:
         progress.note(message)
     optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
@@ -303,6 +356,10 @@ def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: MasterAdamW, progr
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if changed:
         progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
+    versions = parts.pool.versions()
+    known: dict[str, str] = checkpoint.state.get("reward_versions", versions)
+    if rewritten := [name for name, version in versions.items() if known.get(name) != version]:
+        progress.note(f"reward functions changed since the checkpoint, so rewards may: {', '.join(rewritten)}")
     progress.say(f"resumed at step {state.step} from {checkpoint.path.name}")
     if state.step >= parts.config.run.max_steps:
         progress.note(f"run.max_steps is {parts.config.run.max_steps}: there is no step left to make")

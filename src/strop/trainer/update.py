@@ -4,39 +4,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from ..config import ObjectiveConfig
+from ..errors import MemoryExhaustedError
 from ..objective.correction import sampler_correction
 from ..objective.losses import policy_loss
-from ..policy.optim import MasterAdamW
-from ..policy.policy import Policy
-from ..types import Metric, Metrics, MicroBatch, StepStats, merge_metrics
+from ..objective.measured import Measured, read_all
+from ..objective.packing import halved
+from ..policy.optim import Optimizer
+from ..policy.policy import DeviceBatch, Policy
+from ..types import Metric, MicroBatch, StepStats, merge_metrics
+
+MAX_HALVINGS = 2
+"""How often in a run a micro-batch that does not fit is halved; the next one that does not fit ends the run."""
+
+
+@dataclass(slots=True)
+class MicroBatchLimit:
+    """What the card has shown to be too much. A run keeps it, so that later steps begin with what fits."""
+
+    tokens: int | None = None
+    """Most tokens of a micro-batch; None: as planned."""
+    halvings: int = 0
+    note: Callable[[str], None] = lambda message: None
+    """Told when a micro-batch was halved."""
+
+    def within(self, planned: int) -> int:
+        """Return the tokens of a micro-batch to pack."""
+        return planned if self.tokens is None else min(planned, self.tokens)
+
+    def halve(self, batches: Sequence[MicroBatch], failed: MicroBatch, reason: str) -> list[MicroBatch]:
+        """Return the batches of the step, none larger than half of the one that ran out of memory.
+
+        Raises MemoryExhaustedError when that one cannot be split, or when this happened too often.
+        """
+        if self.halvings >= MAX_HALVINGS or halved(failed) is None:
+            raise MemoryExhaustedError(
+                f"the card has too little memory to train on {failed.num_tokens} tokens at a time "
+                f"({self.halvings} smaller micro-batches were tried in this run): {reason}",
+                hint="rollout.max_completion_length: shorten it; or run.vram_gib: raise it, if something else used the "
+                "card; or optim.micro_batch_tokens: set it below "
+                f"{failed.num_tokens}; the last checkpoint is kept: go on with --resume",
+            )
+        self.halvings += 1
+        self.tokens = max(failed.num_tokens // 2, 1)
+        parts: list[MicroBatch] = list(batches)
+        while any(b.num_tokens > self.tokens and halved(b) is not None for b in parts):
+            parts = [p for b in parts for p in ((halved(b) or (b,)) if b.num_tokens > self.tokens else (b,))]
+        self.note(
+            f"the card ran out of memory on a micro-batch of {failed.num_tokens} tokens: the step is made again with "
+            f"at most {self.tokens}, and so are the next ones (optim.micro_batch_tokens)"
+        )
+        return parts
 
 
 def update(
     policy: Policy,
-    optimizer: MasterAdamW,
+    optimizer: Optimizer,
     batches: Sequence[MicroBatch],
     objective: ObjectiveConfig,
     *,
     learning_rate: float,
     max_grad_norm: float,
     on_batch: Callable[[], None] = lambda: None,
+    limit: MicroBatchLimit | None = None,
 ) -> StepStats:
     """Add up the gradients of all micro-batches and make one step; `on_batch` is called after each of them.
 
     Makes none, and touches neither momentum nor weights, when nothing is left to train on or when the loss or the
-    gradient is not finite.
+    gradient is not finite. When memory runs out, the step is made again in smaller micro-batches, from the start: the
+    gradient is then the one of a step that was packed so. Raises MemoryExhaustedError when that does not help.
     """
     if not batches:
         return StepStats({}, stepped=False, skipped_reason="no group has a signal")
-    optimizer.zero_grad()
-    parts = []
-    for batch in batches:
-        parts.append(_backward(policy, batch, objective))
-        on_batch()
-    metrics = merge_metrics(parts)
-    norm = optimizer.gradient_norm()
+    limit = limit or MicroBatchLimit()
+    scale = _loss_scale(policy, batches)
+    while True:
+        optimizer.zero_grad()
+        parts: list[dict[str, Measured]] = []
+        try:
+            _add_gradients(policy, batches, objective, scale, parts, on_batch)
+            break
+        except torch.OutOfMemoryError as e:
+            reason = str(e).split(". ")[0]
+        # Outside of the handler, where the failed pass no longer holds its tensors.
+        optimizer.zero_grad()
+        failed = batches[min(len(parts), len(batches) - 1)]
+        parts.clear()
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batches = limit.halve(batches, failed, reason)
+    metrics = merge_metrics(read_all(parts))
+    norm = optimizer.gradient_norm() / scale
     metrics["grad_norm"] = Metric(norm)
     metrics["learning_rate"] = Metric(learning_rate)
     # Tokens that passed the layers: a shared prompt counts once, a completion's last token not at all.
@@ -46,17 +108,46 @@ def update(
         reason = f"loss {metrics['loss'].value:g} and gradient norm {norm:g} are not both finite"
         return StepStats(metrics, stepped=False, skipped_reason=reason)
     # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6 as well.
-    optimizer.step(learning_rate=learning_rate, gradient_scale=min(1.0, max_grad_norm / (norm + 1e-6)))
+    optimizer.step(learning_rate=learning_rate, gradient_scale=min(1.0, max_grad_norm / (norm + 1e-6)) / scale)
     return StepStats(metrics, stepped=True)
 
 
-def _backward(policy: Policy, batch: MicroBatch, objective: ObjectiveConfig) -> Metrics:
-    logprobs_K, entropy_K = policy.forward(batch)
-    device = logprobs_K.device
+def _loss_scale(policy: Policy, batches: Sequence[MicroBatch]) -> float:
+    """Return what the loss is multiplied by, and the gradient divided by again.
+
+    1 except in fp16, whose smallest number is 6e-8: with 50,000 tokens in a step a token's share of the loss is 2e-5,
+    and its gradient would vanish on the way down the layers. The power of two that brings the largest share to about 1
+    makes it the gradient of one token's log-probability, far from either end of fp16. The adapters' gradients add up in
+    fp32. A function of the whole step, so micro-batches do not change it.
+    """
+    if policy.dtype != torch.float16:
+        return 1.0
+    share = max(float(b.weights_K.abs().max()) for b in batches if b.num_trained_tokens)
+    return 2.0 ** round(-math.log2(share)) if share > 0 and math.isfinite(share) else 1.0
+
+
+def _add_gradients(
+    policy: Policy,
+    batches: Sequence[MicroBatch],
+    objective: ObjectiveConfig,
+    scale: float,
+    parts: list[dict[str, Measured]],
+    on_batch: Callable[[], None],
+) -> None:
+    """Run every micro-batch forward and backward; `parts` gets the metrics of each that is done."""
+    prepared = [policy.prepare(batch) for batch in batches]
+    for batch in prepared:
+        parts.append(_backward(policy, batch, objective, scale))
+        on_batch()
+
+
+def _backward(policy: Policy, there: DeviceBatch, objective: ObjectiveConfig, scale: float) -> dict[str, Measured]:
+    batch = there.batch
+    logprobs_K, entropy_K = policy.forward(there)
     correction = sampler_correction(
         logprobs_K,
-        batch.sampler_logprobs_K.to(device),
-        batch.sequence_K.to(device),
+        batch.sampler_logprobs_K,
+        batch.sequence_K,
         mode=objective.importance_sampling_mode,
         clip_max=objective.importance_sampling_clip_max,
     )
@@ -64,15 +155,15 @@ def _backward(policy: Policy, batch: MicroBatch, objective: ObjectiveConfig) -> 
         logprobs_K,
         # One optimizer step per batch: the policy that is differentiated is the one that sampled.
         old_logprobs_K=logprobs_K.detach(),
-        advantages_K=batch.advantages_K.to(device),
-        weights_K=batch.weights_K.to(device),
+        advantages_K=batch.advantages_K,
+        weights_K=batch.weights_K,
         correction_K=correction.weights_K,
         loss_type=objective.loss_type,
         epsilon=objective.epsilon,
         epsilon_high=objective.epsilon_high,
-        reference_logprobs_K=policy.reference_logprobs(batch) if objective.beta > 0 else None,
+        reference_logprobs_K=policy.reference_logprobs(there) if objective.beta > 0 else None,
         beta=objective.beta,
     )
-    output.loss.backward()
-    entropy = Metric(float(entropy_K.sum()), float(batch.num_trained_tokens))
+    (output.loss if scale == 1.0 else output.loss * scale).backward()
+    entropy = Measured(entropy_K.sum(), float(batch.num_trained_tokens))
     return {**output.metrics, **correction.metrics, "entropy": entropy}

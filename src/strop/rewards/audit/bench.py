@@ -1,0 +1,419 @@
+"""What probes work with: the run's rewards, its rows, and for each row a completion that is right and one that is wrong.
+
+Completions are scored by a reward pool of the run's own configuration, so that limits, weights and gating are those of
+the run. Nothing is sampled and no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from random import Random
+from typing import TYPE_CHECKING
+
+from ...config import RewardsConfig
+from ...seeding import derive_seed
+from ...types import Problem, Rollout, ScoredRollout, Segment
+from ..combine import Rules, make_rules
+from ..contract import Declaration
+from ..lint import lint, terms_of
+from ..pool import RewardPool
+from .reference import THOUGHT, Gold, Style, golds_of, styles_for
+
+if TYPE_CHECKING:
+    from .laboratory import Laboratory
+
+TOLERANCE = 1e-9
+"""Rewards that differ by less are equal."""
+MIN_ENCODED_CHARS, CHARS_PER_TOKEN = 1 << 14, 8
+"""Characters that are tokenised of a text longer than any completion of the run."""
+NEARLY = 0.05
+"""Forms whose rewards differ by less than this part of the whole range are equally good: the first one is taken."""
+STYLE_ROWS = 4
+"""Rows on which the form of the answer is found."""
+
+Advantages = Callable[[Sequence[ScoredRollout], int], Sequence[float | None]]
+"""(scored rollouts in groups, group size) -> the advantages that the run would train with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A run as far as rewards see it."""
+
+    config: RewardsConfig
+    default_funcs: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    encode: Callable[[str], Sequence[int]]
+    """The tokenizer, without special tokens."""
+    stop_token_id: int
+    max_completion_length: int
+    num_generations: int
+    num_prompts: int = 1
+    max_steps: int | None = None
+    scale_rewards: str = "none"
+    """What advantages are divided by; for the lint."""
+    advantages: Advantages | None = None
+    """None: probes of the group's advantages are skipped."""
+    seed: int = 0
+    gold_column: str | None = None
+    known_good: dict[str, str] = field(default_factory=dict[str, str])
+    """Completions that are known to be right, by problem id."""
+    note: Callable[[str], None] = lambda text: None
+    """Takes what loading the functions has to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A completion that somebody might write."""
+
+    problem: Problem
+    text: str
+    truncated: bool = False
+    """Whether it ran into the token limit: no stop token at its end."""
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, bool, int]:
+        """What tells it apart from others of the same rows."""
+        return self.problem.id, self.text, self.truncated, self.seed
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A problem with completions whose worth is known."""
+
+    problem: Problem
+    gold: Gold
+    style: Style | None
+    """None for a known-good completion, which is in no style of ours."""
+    right: str
+    wrong: str
+
+    def write(self, answer: str, thought: str | None = None) -> str:
+        """Return a completion with another answer, in the same form."""
+        if self.style is None:
+            return answer
+        prefill = self.problem.prefill
+        return self.style.write(answer, prefill) if thought is None else self.style.write(answer, prefill, thought)
+
+    @property
+    def style_name(self) -> str:
+        """Name of the form, for messages."""
+        return "known-good completion" if self.style is None else self.style.name
+
+    def mark(self, answer: str) -> str:
+        """Return an answer with what the form puts around it, without any reasoning."""
+        return answer if self.style is None else f"{self.style.before}{answer}{self.style.after}"
+
+
+def open_pool(setting: Setting) -> RewardPool:
+    """Return a pool of the run's configuration without a log of verdicts, not started yet."""
+    return RewardPool(
+        setting.config,
+        default_funcs=setting.default_funcs,
+        max_completion_length=setting.max_completion_length,
+        max_steps=setting.max_steps,
+        note=setting.note,
+    )
+
+
+class Bench:
+    """Scores attempts and knows what right and wrong completions earn."""
+
+    def __init__(self, setting: Setting, pool: RewardPool) -> None:
+        """`pool` is started and used for nothing else meanwhile; it has no verdict log."""
+        self.setting, self.pool = setting, pool
+        self.failures: Counter[str] = Counter()
+        """Reasons of unscored completions, over everything that was scored."""
+        self.num_scored = 0
+        self.rows: tuple[Row, ...] = ()
+        self.golds = golds_of(setting.problems, setting.gold_column, setting.known_good)
+        self._known: dict[tuple[str, str, bool, int], ScoredRollout] = {}
+        self._row_of: dict[str, Row] = {}
+        self._right: dict[str, ScoredRollout] = {}
+        self._wrong: dict[str, ScoredRollout] = {}
+        self.tried: tuple[str, ...] = ()
+        """Names of the styles that were tried for right answers."""
+        self._lab: Laboratory | None = None
+
+    @property
+    def lab(self) -> Laboratory:
+        """The process of its own in which functions are watched; started when first asked."""
+        if self._lab is None:
+            from .laboratory import Laboratory
+
+            self._lab = Laboratory(self)
+        return self._lab
+
+    @contextmanager
+    def with_limit(self, seconds: float) -> Iterator[Bench]:
+        """Yield a bench with the same references whose workers have another time limit."""
+        config = self.setting.config.model_copy(update={"timeout_s": seconds})
+        setting = replace(self.setting, config=config)
+        with open_pool(setting) as pool:
+            other = copy.copy(self)
+            other.setting, other.pool, other._known = setting, pool, {}
+            yield other
+            self.num_scored = other.num_scored
+
+    @cached_property
+    def declarations(self) -> dict[str, Declaration]:
+        """What each function declares, by name."""
+        return self.pool.declarations()
+
+    @cached_property
+    def rules(self) -> Rules:
+        """Which functions decide what is right, and which count only then."""
+        return make_rules(self.pool.names, self.pool.weights, self.declarations, self.setting.config.gated)
+
+    def names_of(self, *kinds: str) -> list[str]:
+        """Return the functions with a weight that are of one of these kinds."""
+        weighted = zip(self.pool.names, self.pool.weights, strict=True)
+        return [name for name, weight in weighted if weight != 0 and self.declarations[name].kind in kinds]
+
+    @property
+    def deciding(self) -> list[str]:
+        """Functions that decide what is right: those declared `correctness`, else those of kind `other`."""
+        return list(self.rules.marks)
+
+    @property
+    def has_group_functions(self) -> bool:
+        """Whether a function with a weight sees whole groups."""
+        return any(self.declarations[name].scope == "group" for name in self.weights if self.weights[name] != 0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each function by name."""
+        return dict(zip(self.pool.names, self.pool.weights, strict=True))
+
+    def lint(self, *, only_new: bool = False) -> list[dict[str, str]]:
+        """Return what the lint says of the configuration: id, severity, said, advice; in `rewards.allow`: reported only.
+
+        `only_new`: without what it says before the user's functions are loaded and their declarations are known.
+        """
+        config, scale = self.setting.config, self.setting.scale_rewards
+        arguments = (config.funcs or self.setting.default_funcs, config.weights, config.options, config.gated)
+        known = {found.id for found in lint(terms_of(*arguments), scale)} if only_new else set[str]()
+        graded = {"refuse": "FAIL", "warn": "WARN"}
+        return [
+            {
+                "id": found.id,
+                "severity": "REPORT" if found.id in config.allow else graded[found.severity],
+                "said": found.message,
+                "advice": found.hint,
+            }
+            for found in lint(terms_of(*arguments, self.declarations), scale)
+            if found.id not in known
+        ]
+
+    def score(self, attempts: Iterable[Attempt]) -> list[ScoredRollout]:
+        """Score completions, each on its own; where functions see groups, beside one right and one wrong completion."""
+        listed = list(attempts)
+        new = list({a.key: a for a in listed if a.key not in self._known}.values())
+        if self.has_group_functions:
+            groups = [[attempt, *self._companions(attempt.problem)] for attempt in new]
+            results = [group[0] for group in self.score_groups(groups)]
+        else:
+            results = self._score_all([[attempt] for attempt in new])
+        self._known.update(zip((a.key for a in new), results, strict=True))
+        return [self._known[attempt.key] for attempt in listed]
+
+    def score_padded(self, groups: Sequence[Sequence[Attempt]]) -> list[list[ScoredRollout]]:
+        """Score groups of completions with filler in them: repetition is left out of their rewards."""
+        if not self.has_group_functions:  # then a group is nothing but its members, which may be known
+            flat = iter(self.score(attempt for group in groups for attempt in group))
+            scored = [[next(flat) for _ in group] for group in groups]
+        else:
+            scored = self.score_groups(groups)
+        return [[self.without_repetition(one) for one in group] for group in scored]
+
+    def score_groups(self, groups: Sequence[Sequence[Attempt]]) -> list[list[ScoredRollout]]:
+        """Score completions that stand in one group; all groups of one size."""
+        flat = iter(self._score_all(groups))
+        return [[next(flat) for _ in group] for group in groups]
+
+    def _score_all(self, groups: Sequence[Sequence[Attempt]]) -> list[ScoredRollout]:
+        try:
+            for group in groups:
+                for index, attempt in enumerate(group):
+                    self.pool.submit(self.rollout(attempt, index), group_size=len(group), global_step=0)
+                self.pool.pump()
+            scored = self.pool.collect()
+        except BaseException:
+            self.pool.discard()
+            raise
+        self.num_scored += len(scored)
+        for one in scored:
+            self.failures.update(f"{name}: {reason}" for name, reason in one.failures.items())
+        return scored
+
+    def rollout(self, attempt: Attempt, index: int = 0) -> Rollout:
+        """Return the rollout that an engine would have made of this completion."""
+        problem, setting = attempt.problem, self.setting
+        token_ids = tuple(self.encode(attempt.text))
+        if not attempt.truncated:
+            token_ids += (setting.stop_token_id,)
+        prompt = problem.prompt_token_ids
+        return Rollout(
+            problem=problem,
+            sample_index=index,
+            segments=(
+                Segment("prompt", prompt, (False,) * len(prompt)),
+                Segment("sampled", token_ids, (True,) * len(token_ids), (0.0,) * len(token_ids)),
+            ),
+            text=attempt.text,
+            finish_reason="length" if attempt.truncated else "stop",
+            policy_version=0,
+            seed=derive_seed("audit", problem.id, attempt.text, attempt.seed),
+        )
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Tokenise a completion; characters that are half of a pair, which no model writes, count as a question mark."""
+        most = max(MIN_ENCODED_CHARS, CHARS_PER_TOKEN * self.setting.max_completion_length)
+        return self.setting.encode(text[:most].encode("utf-8", "replace").decode())
+
+    def length(self, text: str) -> int:
+        """Return the number of tokens of a completion, without a stop token."""
+        return len(self.encode(text))
+
+    def merit(self, scored: ScoredRollout) -> float | None:
+        """Return the reward without its length and repetition terms, which have probes of their own; None if unscored."""
+        return self._without(scored, "length", "repetition")
+
+    def without_repetition(self, scored: ScoredRollout) -> ScoredRollout:
+        """Return the scores with a reward that leaves repetition out: made-up filler repeats more than prose does."""
+        return replace(scored, reward=self._without(scored, "repetition"))
+
+    def _without(self, scored: ScoredRollout, *kinds: str) -> float | None:
+        """A gated function gave nothing to a completion that is not right."""
+        if scored.reward is None:
+            return None
+        apart = 0.0
+        for name in self.names_of(*kinds):
+            value = scored.scores[name]
+            if value is not None and (scored.correct or name not in self.rules.gated):
+                apart += self.weights[name] * value
+        return scored.reward - apart
+
+    def restrict_to(self, problems: Sequence[Problem]) -> None:
+        """Leave out the other problems; before references are looked for."""
+        kept = {problem.id for problem in problems}
+        self.golds = [g for p, g in zip(self.setting.problems, self.golds, strict=True) if p.id in kept]
+        self.setting = replace(self.setting, problems=tuple(p for p in self.setting.problems if p.id in kept))
+
+    def find_references(self) -> None:
+        """Find, for each row, the form in which its right answer earns most; needed by most probes."""
+        todo = [(p, g) for p, g in zip(self.setting.problems, self.golds, strict=True) if g is not None]
+        whole = [Row(p, g, None, g.text, g.wrong) for p, g in todo if g.kind == "completion"]
+        answers = [(p, g) for p, g in todo if g.kind != "completion"]
+        rows = [*whole, *(self._styled_rows(answers) if answers else [])]
+        order = {problem.id: i for i, problem in enumerate(self.setting.problems)}
+        self.rows = tuple(sorted(rows, key=lambda row: order[row.problem.id]))
+        self._row_of = {row.problem.id: row for row in self.rows}
+        rights = self.score(Attempt(row.problem, row.right) for row in self.rows)
+        wrongs = self.score(Attempt(row.problem, row.wrong) for row in self.rows)
+        self._right = {row.problem.id: s for row, s in zip(self.rows, rights, strict=True)}
+        self._wrong = {row.problem.id: s for row, s in zip(self.rows, wrongs, strict=True)}
+
+    def _styled_rows(self, answers: Sequence[tuple[Problem, Gold]]) -> list[Row]:
+        best = self._best_style(answers[:STYLE_ROWS])
+        rows = [_row(problem, gold, best) for problem, gold in answers]
+        scored = self._score_alone(Attempt(row.problem, row.right) for row in rows)
+        mark = max((m for s in scored if (m := self._mark(s)) is not None), default=None)
+        result = []
+        for row, one in zip(rows, scored, strict=True):
+            if self._mark(one) != mark and not self.is_full(one):
+                other = self._best_style([(row.problem, row.gold)])
+                row = _row(row.problem, row.gold, other)
+            result.append(row)
+        return result
+
+    def _best_style(self, answers: Sequence[tuple[Problem, Gold]]) -> Style:
+        """Return the style with the most right answers and the highest rewards; try more only while marks are missing."""
+        styles = styles_for(answers[0][0])
+        totals: dict[Style, tuple[int, float]] = {}
+        for part in (styles[:3], styles[3:]):
+            attempts = [Attempt(p, style.write(g.text, p.prefill)) for style in part for p, g in answers]
+            scored = iter(self._score_alone(attempts))
+            for style in part:
+                ones = [next(scored) for _ in answers]
+                full, merits = sum(map(self.is_full, ones)), [m for o in ones if (m := self.merit(o)) is not None]
+                totals[style] = (full, round(sum(merits), 9))
+            self.tried = tuple(dict.fromkeys([*self.tried, *(style.name for style in part)]))
+            if any(full == len(answers) for full, _ in totals.values()):
+                break
+        most = max(full for full, _ in totals.values())
+        merits = [merit for full, merit in totals.values() if full == most]
+        enough = max(merits) - NEARLY * (max(merits) - min(merit for _, merit in totals.values()))
+        return next(style for style, (full, merit) in totals.items() if full == most and merit >= enough)
+
+    def _score_alone(self, attempts: Iterable[Attempt]) -> list[ScoredRollout]:
+        """Score while no reference is known yet, each completion as a group of its own."""
+        return self._score_all([[attempt] for attempt in attempts])
+
+    def is_full(self, scored: ScoredRollout) -> bool:
+        """Whether every function with a weight that judges answer or form gives its declared maximum."""
+        names = self.names_of("correctness", "format", "other")
+        values = [(scored.scores[name], self.declarations[name].high) for name in names]
+        return bool(values) and all(value is None or value >= high - TOLERANCE for value, high in values)
+
+    def _mark(self, scored: ScoredRollout) -> tuple[bool, float] | None:
+        merit = self.merit(scored)
+        return None if merit is None else (bool(scored.correct), round(merit, 9))
+
+    def _companions(self, problem: Problem) -> list[Attempt]:
+        row = self._row_of.get(problem.id)
+        return [] if row is None else [Attempt(problem, row.right), Attempt(problem, row.wrong, seed=1)]
+
+    def right_of(self, row: Row) -> ScoredRollout:
+        """Return the scores of a row's right completion."""
+        return self._right[row.problem.id]
+
+    def wrong_of(self, row: Row) -> ScoredRollout:
+        """Return the scores of a row's wrong completion."""
+        return self._wrong[row.problem.id]
+
+    @property
+    def sound_rows(self) -> tuple[Row, ...]:
+        """Rows whose right completion earns more than the wrong one."""
+        return tuple(row for row in self.rows if self._gap(row) > TOLERANCE)
+
+    def _gap(self, row: Row) -> float:
+        right, wrong = self.merit(self.right_of(row)), self.merit(self.wrong_of(row))
+        return 0.0 if right is None or wrong is None else right - wrong
+
+    @property
+    def floor(self) -> float:
+        """What a wrong answer in the right form earns at most, over the sound rows. Needs at least one of them."""
+        merits = [self.merit(self.wrong_of(row)) for row in self.sound_rows]
+        return max(merit for merit in merits if merit is not None)
+
+    def padded(self, row: Row, answer: str, num_tokens: int, seed: int = 0) -> str:
+        """Return a completion with this answer and about `num_tokens` more tokens of reasoning."""
+        return row.write(answer, f"{THOUGHT} {self.filler(num_tokens, seed)}".strip())
+
+    def filler(self, num_tokens: int, seed: int = 0) -> str:
+        """Return plain words of about this many tokens, without numbers and without repeated phrases."""
+        if num_tokens <= 0:
+            return ""
+        rng = Random(derive_seed("filler", seed))
+        sample = " ".join(rng.choice(_WORDS) for _ in range(64))
+        count = max(1, int(num_tokens * 64 / max(1, self.length(sample))))
+        return " ".join(rng.choice(_WORDS) for _ in range(count))
+
+
+def _row(problem: Problem, gold: Gold, style: Style) -> Row:
+    return Row(problem, gold, style, style.write(gold.text, problem.prefill), style.write(gold.wrong, problem.prefill))
+
+
+_WORDS = (
+    "we look at what is given and then take the next part with care because it may be small or large so that it fits "
+    "under our rule while another view would need more work before any claim about this case can stand on its own feet "
+    "since each term must keep its place until both sides agree where they meet again after some change of form which "
+    "leaves them equal though written in other words from here onward nothing else seems left open except how far that "
+    "idea goes when applied over longer paths through known ground"
+).split()

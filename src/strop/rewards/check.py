@@ -1,0 +1,266 @@
+"""The check of reward functions that runs by itself before step 0: a few completions whose worth is known.
+
+It stops a run only for what cannot be meant: a function that breaks its contract or lacks a column, a correctness
+function that refuses every reference answer or pays for nothing at all, and a reward of 0 for everything. Whatever may
+be intended (a constant, a reward that is no verdict, rows that cannot be scored) is said and does not stop the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import RewardError
+from ..types import ScoredRollout
+from .answers import opens_thinking
+from .audit.bench import TOLERANCE, Attempt, Bench, Row, Setting, open_pool
+from .audit.full import BASIC, spellings
+from .audit.reference import THOUGHT
+from .audit.report import shorten
+
+GARBAGE = ("?", "I do not know.", "the the the the the", "{[(<\u20ac\u0661", "<think>\nwe look at what is given")
+NUM_VARIANT_ROWS = 2
+OFF = "rewards.check: false starts without this check"
+
+Severity = Literal["FAIL", "WARN", "NOTE"]
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """Something that the check found."""
+
+    severity: Severity
+    """FAIL stops a run, NOTE is said by the command only."""
+    said: str
+    """What was given and what is needed."""
+    hint: str
+    problem: str = ""
+    """Id of the row that shows it."""
+    text: str = ""
+    """The completion that shows it."""
+
+    @property
+    def message(self) -> str:
+        """What was given and needed, with the row and the completion."""
+        where = f"; row {self.problem}, completion {shorten(self.text)}" if self.problem else ""
+        return self.said + where
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """Everything that the check found, and what was looked at."""
+
+    complaints: tuple[Complaint, ...]
+    passed: tuple[str, ...]
+    """What was found in order, a sentence each."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was found that stops a run."""
+        return any(c.severity == "FAIL" for c in self.complaints)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the result for a terminal."""
+        yield from (f"ok    {text}" for text in self.passed)
+        for complaint in self.complaints:
+            yield f"{complaint.severity:<5} {complaint.message}"
+            yield f"      change: {complaint.hint}"
+
+    def raise_if_failed(self) -> None:
+        """Raise RewardError with the first finding that stops a run."""
+        for complaint in self.complaints:
+            if complaint.severity == "FAIL":
+                raise RewardError(f"the check of reward functions failed: {complaint.message}", hint=complaint.hint)
+
+
+def run_check(setting: Setting, *, linted: bool = False) -> CheckResult:
+    """Check a run's rewards on its first rows. Raises RewardError where a function cannot be loaded.
+
+    `linted`: the lint has already said what it knows without the declarations of the user's functions.
+    """
+    with open_pool(setting) as pool:
+        pool.wait_ready()
+        bench = Bench(setting, pool)
+        check = _Check(bench)
+        for item in bench.lint(only_new=linted):
+            if item["severity"] in ("FAIL", "WARN"):
+                check.add("FAIL" if item["severity"] == "FAIL" else "WARN", item["said"], item["advice"])
+        try:
+            check.run()
+        except RewardError as e:  # a broken contract or a missing column; the message names function and row
+            check.add("FAIL", e.message, e.hint)
+        return CheckResult(tuple(check.complaints), tuple(check.passed))
+
+
+class _Check:
+    """One pass over the rows; stops asking rows that cannot be scored."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.complaints: list[Complaint] = []
+        self.passed: list[str] = []
+        self.seen: list[ScoredRollout] = []
+
+    def add(self, severity: Severity, said: str, hint: str, problem: str = "", text: str = "") -> None:
+        """Note a finding."""
+        self.complaints.append(Complaint(severity, said, hint, problem, text))
+
+    def score(self, attempts: Sequence[Attempt]) -> list[ScoredRollout]:
+        """Score completions and remember them."""
+        scored = self.bench.score(attempts)
+        self.seen += scored
+        return scored
+
+    def run(self) -> None:
+        """Look at nothing and garbage first, then at right answers."""
+        problems = self.bench.setting.problems
+        empties = [Attempt(problem, "") for problem in problems]
+        rubbish = [Attempt(problem, text) for problem in problems[:NUM_VARIANT_ROWS] for text in GARBAGE]
+        nothing = [*empties, *rubbish]
+        scored = self.score(nothing)
+        self._unscored(scored)
+        good = [p for p, one in zip(problems, scored, strict=False) if one.reward is not None]
+        if not good:
+            return
+        self.bench.restrict_to(good)
+        self.bench.find_references()
+        rows = self.bench.rows
+        self.seen += [self.bench.right_of(row) for row in rows] + [self.bench.wrong_of(row) for row in rows]
+        if rows:
+            self._gold(rows)
+            self._nothing_pays([a for a in nothing if a.problem in good])
+            self._variants()
+            self._prefilled()
+        else:
+            self.passed.append("no completion is known to be right, so right answers were not checked")
+        self._constant()
+
+    def _unscored(self, scored: Sequence[ScoredRollout]) -> None:
+        lost = [one for one in scored if one.reward is None]
+        if not lost:
+            return
+        rows = list(dict.fromkeys(one.rollout.problem.id for one in lost))
+        first = lost[0]
+        why = next(iter(f"`{n}` {r}" for n, r in first.failures.items()), "no function with a weight applies")
+        more = f" and {len(rows) - 1} other rows" if len(rows) > 1 else ""
+        self.add(
+            "WARN", f"row {rows[0]}{more} cannot be scored: {why}; such completions teach nothing",
+            "mend the function named, or remove the rows", rows[0], first.rollout.text,
+        )  # fmt: skip
+
+    def _gold(self, rows: Sequence[Row]) -> None:
+        """Right answers get the maximum: of correctness functions, and of those that judge the form."""
+        bench = self.bench
+        for name in bench.names_of("correctness", "format"):
+            declared = bench.declarations[name]
+            values = [(row, bench.right_of(row).scores[name]) for row in rows]
+            low = [(row, v) for row, v in values if v is not None and v < declared.high - TOLERANCE]
+            if not low:
+                continue
+            row, value = low[0]
+            judges = declared.kind == "correctness"
+            every = len(low) == len(values)
+            gold = shorten(row.gold.text, 60)
+            what = f"the reference answer {gold}" if judges else "a completion in the asked form"
+            said = (
+                f"`{name}` gives {what} {value:g} on {len(low)} of {len(values)} rows; its maximum, {declared.high:g}, is "
+                "needed"
+            )
+            if judges:
+                said += f"; tried: {', '.join(bench.tried) or 'the known-good completion'}"
+            hint = (
+                "task.answer_column has to name the reference answers that this function compares with; " + OFF
+                if judges
+                else "look at what the function asks for, and whether prompt and chat template ask for the same"
+            )
+            self.add("FAIL" if judges and every else "WARN", said, hint, row.problem.id, row.right)
+        if not self.complaints:
+            self.passed.append(f"right answers get the maximum on {len(rows)} rows ({rows[0].style_name})")
+
+    def _nothing_pays(self, attempts: Sequence[Attempt]) -> None:
+        """Neither an empty completion nor garbage may earn what a right one earns, or count as right."""
+        bench, judged = self.bench, bool(self.bench.names_of("correctness"))
+        by_id = {row.problem.id: row for row in bench.rows}
+        for attempt, one in zip(attempts, bench.score(attempts), strict=True):
+            row = by_id.get(attempt.problem.id)
+            merit = bench.merit(one)
+            if row is None or merit is None:
+                continue
+            right = bench.merit(bench.right_of(row))
+            if one.correct is True or (right is not None and merit >= right - TOLERANCE and bench.sound_rows):
+                what = "an empty completion" if not attempt.text else "garbage"
+                self.add(
+                    "FAIL" if judged and one.correct is True else "WARN",
+                    f"{what} earns {one.reward:g}, as much as the right answer; less is needed",
+                    f"score 0 where there is no answer; {OFF}", attempt.problem.id, attempt.text,
+                )  # fmt: skip
+                return
+        self.passed.append("empty completions and garbage earn less than right answers")
+
+    def _variants(self) -> None:
+        bench = self.bench
+        tried = [
+            (name, row, Attempt(row.problem, text))
+            for row in bench.sound_rows[:NUM_VARIANT_ROWS]
+            if row.style is not None
+            for name, text in spellings(row)
+        ]
+        scored = self.score([attempt for _, _, attempt in tried])
+        refused = [
+            (name, row, attempt)
+            for (name, row, attempt), one in zip(tried, scored, strict=True)
+            if bench.right_of(row).correct is True and one.correct is not True
+        ]
+        if refused:
+            name, row, attempt = next((r for r in refused if r[0] in BASIC), refused[0])
+            severity: Severity = "WARN" if name in BASIC else "NOTE"
+            others = f" and {len(refused) - 1} other variants" if len(refused) > 1 else ""
+            self.add(
+                severity, f"the right answer is refused in a harmless variant, {name}{others}",
+                "normalise before comparing; `numeric` and `math` read such spellings of numbers",
+                row.problem.id, attempt.text,
+            )  # fmt: skip
+        elif tried:
+            self.passed.append(f"{len({name for name, _, _ in tried})} harmless variants of right answers pass")
+
+    def _prefilled(self) -> None:
+        """Where the chat template opens <think>, a completion that goes on from there is in form."""
+        bench = self.bench
+        rows = [row for row in bench.rows if opens_thinking(row.problem.prefill) and row.style is not None]
+        if not rows:
+            return
+        row = rows[0]
+        again = Attempt(row.problem, f"<think>\n{THOUGHT}\n</think>\n{row.mark(row.gold.text)}")
+        (doubled,) = self.score([again])
+        merits = bench.merit(bench.right_of(row)), bench.merit(doubled)
+        if merits[0] is not None and merits[1] is not None and merits[1] > merits[0] + TOLERANCE:
+            better = [n for n in bench.pool.names if (doubled.scores[n] or 0) > (bench.right_of(row).scores[n] or 0)]
+            declared = any(bench.declarations[n].kind in ("correctness", "format") for n in better)
+            self.add(
+                "FAIL" if declared else "WARN",
+                f"the chat template already writes {shorten(row.problem.prefill)}, and {', '.join(better)} still asks for "
+                "<think> in the completion; a completion that goes on from there needs the same mark",
+                "read the keyword `prefill` in the function (docs/rewards.md), or use `think_format`",
+                row.problem.id, row.right,
+            )  # fmt: skip
+            return
+        self.passed.append("a completion that goes on from the prefilled <think> is recognised")
+
+    def _constant(self) -> None:
+        rewards = [one.reward for one in self.seen if one.reward is not None]
+        if not rewards or max(rewards) - min(rewards) > TOLERANCE:
+            if rewards:
+                self.passed.append(f"rewards differ: {min(rewards):g} to {max(rewards):g} on {len(rewards)} completions")
+            return
+        if any(c.severity == "FAIL" for c in self.complaints):
+            return
+        one = self.seen[0]
+        zero = abs(rewards[0]) <= TOLERANCE
+        self.add(
+            "FAIL" if zero else "WARN",
+            f"all {len(rewards)} completions that were tried, right answers among them, get {rewards[0]:g}; without "
+            "differences nothing is learned",
+            f"look at what the functions return; {OFF}" if zero else "look at what the functions return",
+            one.rollout.problem.id, one.rollout.text,
+        )  # fmt: skip

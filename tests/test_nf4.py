@@ -1,0 +1,412 @@
+"""NF4 and 8-bit weights: the formats against bitsandbytes, one copy for engine and trainer, and learning on them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engines import TARGETS, Rig, decode, tiny_model
+from records import scored
+from test_engines import generate, nudge, problems, sampler_logprobs, trainer_logprobs
+
+from strop.config import ModelConfig
+from strop.engine import vllm_compat
+from strop.engine.base import EngineSettings
+from strop.engine.transformers_engine import TransformersEngine
+from strop.errors import EngineError, ModelError
+from strop.objective.packing import pack
+from strop.policy import lora
+from strop.policy.load import build_on_meta, open_model, torch_dtype
+from strop.policy.nf4 import Int8Embedding, Int8Head, Nf4Linear, held_as, load_model
+from strop.policy.policy import Policy, check_packed_forward
+from strop.quant import int8, nf4, products
+from strop.quant.bnb import merged
+from strop.seeding import rollout_requests
+from strop.trainer.parts import move_buffers
+from strop.types import MicroBatch, Rollout, Sample
+from strop.weights import SharedWeights, alias_parameters
+
+bitsandbytes = pytest.importorskip("bitsandbytes.functional")
+
+
+def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+# ---------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (96, 576), (130, 256)])
+def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
+    w = weight(*shape)
+    w[0] = 0  # a block without a scale
+    packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
+    ours, theirs = nf4.quantize(w), nf4.from_bitsandbytes(packed, state.absmax, shape)
+    torch.testing.assert_close(ours.packed, theirs.packed, rtol=0, atol=0)
+    torch.testing.assert_close(ours.absmax, theirs.absmax, rtol=0, atol=0)
+    reference = bitsandbytes.dequantize_4bit(packed, state)
+    # Three roundings to half a unit in the last place each; the four bits themselves are off by 9 %.
+    for dtype, most in ((torch.float32, 2**-11), (torch.float16, 3 * 2**-11), (torch.bfloat16, 3.02 * 2**-8)):
+        gap = nf4.dequantize(ours, dtype).float() - reference
+        assert (gap.abs() <= most * reference.abs() + 1e-9).all()
+        assert gap.norm() <= 0.5 * most * reference.norm()
+    assert 0.07 < (reference - w).norm() / w.norm() < 0.11
+
+
+def test_a_weight_of_a_shape_that_blocks_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 64"):
+        nf4.quantize(weight(4, 96))
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_products_are_those_of_the_unpacked_weight(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "PIECE", 192 * (96 // pieces))
+    packed = nf4.quantize(weight(96, 192))
+    plain = nf4.dequantize(packed, torch.float32)
+    x, grad = torch.randn(2, 5, 192), torch.randn(2, 5, 96)
+    bias = torch.randn(96)
+    torch.testing.assert_close(products.linear(x, packed, bias), x @ plain.t() + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products.input_gradient(grad, packed), grad @ plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_has_the_gradient_of_its_unpacked_weight() -> None:
+    layer = Nf4Linear(nf4.quantize(weight(32, 64)), None, torch.float64)
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    torch.testing.assert_close(layer(x), x @ layer.dequantized().t())
+
+
+def test_eight_bits_round_to_the_nearest_of_255_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "PIECE_ROWS", 20)
+    w = weight(50, 32)
+    w[3] = 0
+    packed = int8.quantize(w)
+    plain = int8.dequantize(packed, torch.float32)
+    assert ((plain - w).abs() <= 0.5001 * packed.scale[:, None]).all()
+    x, out = torch.randn(4, 32), torch.empty(4, 50)
+    torch.testing.assert_close(products.linear_int8(x, packed, out=out), x @ plain.t(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn(4, 50)
+    torch.testing.assert_close(int8.input_gradient(grad, packed, torch.empty(4, 32)), grad @ plain)
+    ids = torch.tensor([[3, 49], [0, 7]])
+    torch.testing.assert_close(int8.gather(packed, ids, torch.float32), plain[ids])
+
+
+KERNELS = """
+import torch
+from strop.quant import int8, int8_triton, nf4, nf4_triton
+for m, n, k in ((5, 96, 192), (37, 130, 256)):
+    w = nf4.quantize(torch.randn(n, k) * 0.02)
+    x, bias = torch.randn(m, k).half(), torch.randn(n).half()
+    plain = nf4.dequantize(w, torch.float16)
+    assert torch.equal(nf4_triton.dequantize(w, torch.float16, asm=False), plain)
+    exact = x.float() @ plain.float().t() + bias.float()
+    for splits in (1, 2):
+        config = {"BM": 16, "BN": 64, "splits": splits, "warps": 4, "stages": 2, "asm": False}
+        y = nf4_triton.matmul(x, w, bias, config=config)
+        assert (y.float() - exact).abs().max() < 2e-3 * exact.abs().max(), (m, n, k, splits)
+    assert not nf4_triton._locks(x.device).any()
+    q = int8.quantize(torch.randn(n, k))
+    y = torch.empty(m, n, dtype=torch.float16)
+    int8_triton.matmul(x, q, y)
+    exact = x.float() @ int8.dequantize(q, torch.float32).t()
+    assert (y.float() - exact).abs().max() < 2e-3 * exact.abs().max()
+"""
+
+
+def test_the_kernels_compute_the_same_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def permute(a: int, b: int, selector: int) -> int:
+    """PTX prmt.b32: each nibble of the selector picks a byte of (a, b), or repeats its sign when its bit 3 is set."""
+    values = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
+    result = 0
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = values[nibble & 7]
+        result |= (byte if nibble < 8 else 0xFF * (byte >> 7)) << 8 * i
+    return result
+
+
+def halves(word: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([word], dtype=torch.int64).to(torch.uint32).view(dtype)
+
+
+def run_ptx(text: str, registers: dict[str, int], dtype: torch.dtype) -> None:
+    """Run straight-line PTX of the few instructions that the kernel uses."""
+
+    def times(a: int, b: int) -> int:
+        return int((halves(a, dtype) * halves(b, dtype)).view(torch.uint32).item())
+
+    table: dict[str, Callable[..., int]] = {
+        "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
+        "shr.b32": lambda a, b: a >> b, "prmt.b32": permute, "mul.rn.f16x2": times,
+        "fma.rn.bf16x2": lambda a, b, c: times(a, b) if c == 0x80008000 else -1,
+        "lop3.b32": lambda a, b, c, table: (a & b) | (~a & c) if table == 0xCA else -1,
+    }  # fmt: skip
+    for line in text.strip("{} \n").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        if operation in ("", ".reg"):
+            continue
+        target, *names = (name.strip() for name in operands.split(","))
+        registers[target] = table[operation](*(int(n, 0) if n[0].isdigit() else registers[n] for n in names))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_assembler_code_unpacks_every_byte(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from strop.quant.nf4_triton import decode_asm
+
+    text = decode_asm(dtype)
+    scales = torch.tensor([0.37, 0.021, 1.7, 0.0009]).to(dtype)
+    packed = torch.arange(256, dtype=torch.uint8).view(64, 4)
+    codes = torch.tensor(nf4.CODES).to(dtype)
+    for four in packed:
+        registers = {"$4": int(four.view(torch.uint32).item())}
+        for i, scale in enumerate(scales):
+            registers[f"${5 + i}"] = int(scale.repeat(2).view(torch.uint32).item())
+        run_ptx(text, registers, dtype)
+        outs = torch.cat([halves(registers[f"${i}"], dtype) for i in range(4)])
+        high, low = codes[(four >> 4).int()], codes[(four & 15).int()]
+        want = torch.cat([high[:2] * scales[0], high[2:] * scales[1], low[:2] * scales[2], low[2:] * scales[3]])
+        assert torch.equal(outs, want)
+
+
+# ---------------------------------------------------------------- engine and trainer
+
+
+def quantised_rig(path: Path, *, head: str = "16bit", embedding: str = "card", device: str = "cpu") -> Rig:
+    """An NF4 engine on a model folder, and a policy on its tensors."""
+    torch.set_num_threads(1)
+    vllm_compat.prepare_environment(device, 1)
+    from strop.engine.vllm_engine import VllmEngine
+
+    source = open_model(str(path), "nf4")
+    head, embedding = held_as(source, ModelConfig(quantization="nf4", head=head, embedding=embedding))  # type: ignore[arg-type]
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    settings = EngineSettings(
+        source.path, dtype, max_model_len=320, max_num_seqs=64, max_num_batched_tokens=2048,
+        kv_cache_bytes=(32 if device == "cpu" else 256) << 20, block_size=32 if device == "cpu" else None, seed=0,
+        lora_rank=8, lora_target_modules=TARGETS, runner=vllm_compat.RUNNERS[device],  # type: ignore[arg-type]
+        quantization="nf4", kept_modules=source.kept_modules, head=head, embedding=embedding,  # type: ignore[arg-type]
+    )  # fmt: skip
+    engine = VllmEngine(settings, lambda ids: decode(source, ids), device=device)
+    model = build_on_meta(source, torch_dtype(dtype))
+    alias_parameters(model, engine)
+    move_buffers(model, torch.device(device))
+    adapters = lora.inject(model, r=8, alpha=32, target_modules=TARGETS, seed=0)
+    policy = Policy(model, 1.0, adapters)
+    return Rig(source, engine, policy, SharedWeights(policy, engine), {})
+
+
+RIGS: dict[str, Callable[[], Rig]] = {
+    "qwen3": functools.cache(lambda: quantised_rig(tiny_model("qwen3"))),
+    "llama": functools.cache(lambda: quantised_rig(tiny_model("llama"))),
+    "qwen3-int8": functools.cache(lambda: quantised_rig(tiny_model("qwen3"), head="int8")),
+    "llama-int8": functools.cache(lambda: quantised_rig(tiny_model("llama"), head="int8", embedding="int8")),
+    "llama-host": functools.cache(lambda: quantised_rig(tiny_model("llama"), embedding="host")),
+}
+
+
+@pytest.mark.parametrize("kind", RIGS)
+def test_engine_and_trainer_compute_on_one_packed_copy(kind: str) -> None:
+    built = RIGS[kind]()
+    check_packed_forward(built.policy)
+    rollouts = generate(built, rollout_requests(problems(4), 2, run_seed=0, step=0))
+    gap = (trainer_logprobs(built, rollouts) - sampler_logprobs(rollouts)).abs()
+    assert gap.numel() > 50 and gap.max() < 5e-5
+    assert built.weights.unshared_bytes() == 0
+    layers = [m for m in built.policy.model.modules() if isinstance(m, Nf4Linear)]
+    assert len(layers) == 14
+    wide = [m for m in layers if m.in_features == 128]
+    assert all(8 * sum(t.nbytes for t in m.buffers()) == 4.25 * m.in_features * m.out_features for m in wide) and wide
+
+
+def test_a_copy_of_a_packed_weight_would_be_counted() -> None:
+    built = RIGS["llama"]()
+    layer = next(m for m in built.policy.model.modules() if isinstance(m, Nf4Linear))
+    shared = layer.packed
+    layer.packed = shared.clone()
+    try:
+        assert built.weights.unshared_bytes() == shared.numel()
+    finally:
+        layer.packed = shared
+
+
+def test_a_learning_step_reaches_the_engine() -> None:
+    built = RIGS["llama-int8"]()
+    before = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
+    nudge(built)
+    built.weights.publish()
+    after = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
+    assert (trainer_logprobs(built, before) - sampler_logprobs(before)).abs().mean() > 1e-2
+    assert (trainer_logprobs(built, after) - sampler_logprobs(after)).abs().max() < 5e-5
+
+
+def batch_of(rollouts: list[Rollout]) -> MicroBatch:
+    """Pack rollouts for a training pass."""
+    return pack([Sample(scored(r, 1.0), 1.0, 1.0) for r in rollouts], 10**4)[0]
+
+
+def test_gradients_are_those_of_the_unpacked_model() -> None:
+    """The packed base and its dequantised twin, an ordinary model, give an adapter the same gradient."""
+    built = RIGS["llama-int8"]()
+    model = copy.deepcopy(built.policy.model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Nf4Linear):
+            unpacked: torch.nn.Module = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            unpacked.weight.data = module.dequantized()
+        elif isinstance(module, Int8Embedding | Int8Head):
+            rows = int8.dequantize(int8.Int8(module.values, module.scale), torch.float32)
+            unpacked = torch.nn.Embedding(*rows.shape) if isinstance(module, Int8Embedding) else torch.nn.Linear(1, 1, bias=False)
+            unpacked.weight.data = rows
+        else:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, unpacked)
+    adapters = {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLinear)}
+    plain = Policy(model, 1.0, adapters)
+    rollouts = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
+    batch = batch_of(rollouts)
+    for policy in (built.policy, plain):
+        policy.model.zero_grad()
+        logprobs, _ = policy.forward(batch)
+        (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+    for name, parameter in plain.trainable.items():
+        ours = built.policy.trainable[name].grad
+        assert (ours - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def packed_checkpoint(kind: str, *, kept: tuple[str, ...], nested: bool) -> Path:
+    """Write a model as bitsandbytes and transformers store one in 4 bits."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(tempfile.mkdtemp(prefix="strop-bnb-"))
+    shutil.copytree(tiny_model(kind), folder, dirs_exist_ok=True)
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if not layer.endswith("_proj") or any(k in layer.split(".") or layer.startswith(k) for k in kept):
+            stored[name] = tensor
+            continue
+        packed, state = bitsandbytes.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=nested)
+        stored[name] = packed
+        stored |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": list(kept),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_is(nested: bool) -> None:
+    kept = ("lm_head", "model.layers.1.mlp", "model.layers.0.self_attn.k_proj")
+    built = quantised_rig(packed_checkpoint("llama", kept=kept, nested=nested))
+    assert built.source.packed and built.source.kept_modules == kept
+    rollouts = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
+    assert (trainer_logprobs(built, rollouts) - sampler_logprobs(rollouts)).abs().max() < 5e-5
+    assert built.weights.unshared_bytes() == 0
+    whole = {n.removesuffix(".base"): m for n, m in RIGS["llama"]().policy.model.named_modules()}
+    found = {n.removesuffix(".base"): m for n, m in built.policy.model.named_modules() if isinstance(m, Nf4Linear)}
+    # k is kept, so the fused q, k, v are.
+    assert len(found) == 14 - 3 - 3
+    for name, module in found.items():
+        if not nested:
+            assert torch.equal(module.packed, whole[name].packed) and torch.equal(module.absmax, whole[name].absmax)
+        else:  # statistics in 8 bits move every value of a block
+            gap = module.dequantized() - whole[name].dequantized()
+            assert 0 < gap.norm() < 0.03 * whole[name].dequantized().norm()
+    built.engine.close()
+
+
+def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them() -> None:
+    w = weight(160, 256)
+    packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    tensors = [("a.weight", packed), *((f"a.weight.{k}", v) for k, v in state.as_dict(packed=True).items())]
+    for order in (tensors, tensors[::-1]):
+        ((name, _, ours),) = merged(order)
+        assert name == "a.weight" and ours is not None
+        reference = bitsandbytes.dequantize_4bit(packed, state)
+        assert (nf4.dequantize(ours, torch.float32) - reference).abs().max() < 2e-3 * reference.abs().max()
+    with pytest.raises(ValueError, match="lacks .*absmax"):
+        list(merged(tensors[:1]))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_packed_checkpoint_needs_the_setting() -> None:
+    folder = packed_checkpoint("llama", kept=(), nested=False)
+    with pytest.raises(ModelError, match="stored quantised") as caught:
+        open_model(str(folder))
+    assert "nf4" in str(caught.value)
+    source = open_model(str(folder), "nf4")
+    with pytest.raises(ModelError, match="transformers engine"):
+        load_model(source, ModelConfig(quantization="nf4"), torch.float32, torch.device("cpu"))
+
+
+def test_another_packing_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="gptq"):
+        open_model(str(tmp_path), "nf4")
+
+
+@pytest.mark.parametrize("held", [{"embedding": "host"}, {"embedding": "int8"}, {"head": "int8", "embedding": "host"}])
+def test_a_tied_model_has_one_tensor_for_both_ends(held: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match="one tensor"):
+        held_as(open_model(str(tiny_model("qwen3"))), ModelConfig(**held))  # type: ignore[arg-type]
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = Path(tempfile.mkdtemp(prefix="strop-odd-"))
+    shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(EngineError, match="multiple of 64"):
+        quantised_rig(folder)
+    with pytest.raises(ModelError, match="multiple of 64"):
+        load_model(open_model(str(folder)), ModelConfig(quantization="nf4"), torch.float32, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- the other engine
+
+
+def test_without_vllm_the_same_weights_are_packed() -> None:
+    source = open_model(str(tiny_model("llama")))
+    model = load_model(source, ModelConfig(quantization="nf4"), torch.float32, torch.device("cpu"))
+    engine = TransformersEngine(model, lambda ids: decode(source, ids), max_num_seqs=8, pad_token_id=256)
+    policy = Policy(model, 1.0, lora.inject(model, r=8, alpha=32, target_modules=TARGETS, seed=0))
+    other = Rig(source, engine, policy, SharedWeights(policy, engine), {})
+    assert other.weights.unshared_bytes() == 0
+    nudge(other)
+    rollouts = generate(other, rollout_requests(problems(2), 2, run_seed=0, step=0))
+    assert (trainer_logprobs(other, rollouts) - sampler_logprobs(rollouts)).abs().max() < 5e-5
+    whole = {n.removesuffix(".base"): m for n, m in RIGS["llama"]().policy.model.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, Nf4Linear):
+            assert torch.equal(module.packed, whole[name.removesuffix(".base")].packed)

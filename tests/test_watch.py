@@ -1,0 +1,162 @@
+"""What a monitor does to a run: it warns, pauses or stops, loses nothing, and says the same after a resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from test_wiring import OPTIMIZER, config
+
+from strop import cli, train
+from strop.errors import DiagnosisError
+from strop.monitor.metrics import deterministic_part, read_metrics
+from strop.trainer.checkpoint import read_latest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOMETIMES = """
+def picky(completions, completion_ids, **kwargs):
+    if completion_ids[0][0] % 4 == 0:
+        raise ValueError("an odd one")
+    return [len(str(completions[0])) / 100]
+"""
+
+
+def given(folder: Path, **monitor: Any) -> dict[str, Any]:
+    (folder / "picky.py").write_text(SOMETIMES)
+    return {
+        **config(rewards={"funcs": [f"{folder}/picky.py:picky"]}, run={"max_steps": 6, "save_steps": 4}),
+        "monitor": {"window": 2, **monitor},
+    }
+
+
+def left_behind(out: Path) -> tuple[Any, ...]:
+    """Everything of a run that two equal ones have in common."""
+    rows = [deterministic_part(row) for row in read_metrics(out / "metrics.jsonl")]
+    findings = [{**row, "action": ""} for row in read_metrics(out / "diagnoses.jsonl")]
+    checkpoint = read_latest(out)
+    assert checkpoint is not None
+    tensors = {name: value.tolist() for name, value in checkpoint.tensors(OPTIMIZER).items()}
+    return rows, findings, checkpoint.state["monitor"], tensors
+
+
+def test_findings_are_told_logged_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train(given(tmp_path), out=tmp_path / "run")
+    assert summary["stopped"] == "finished"
+    out = capsys.readouterr().out
+    assert "note: step 2: unscored (act, above 0.05): " in out
+    assert "  hint: rewards.funcs: " in out
+    assert "ceased" not in out
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    unscored = [row["frac_unscored"] for row in rows]
+    assert [row["monitor/unscored"] for row in rows[1:]] == pytest.approx(
+        [(a + b) / 2 for a, b in itertools.pairwise(unscored)]
+    )
+    (first, *_) = [row for row in read_metrics(tmp_path / "run" / "diagnoses.jsonl") if row["name"] == "unscored"]
+    assert (first["step"], first["level"], first["action"]) == (1, "act", "warn")
+    assert first["value"] == rows[1]["monitor/unscored"]
+    assert {"text", "cause", "hint", "warn", "act"} <= first.keys()
+    entry = next(e for e in summary["diagnoses"] if e["name"] == "unscored")
+    assert (entry["first_step"], entry["level"]) == (1, "act")
+
+
+def test_a_paused_run_goes_on_as_if_it_had_not_been(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(given(tmp_path, actions={"unscored": "warn"}), out=tmp_path / "whole")
+    settings = given(tmp_path, actions={"unscored": "pause"})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    out = tmp_path / "run"
+    with pytest.raises(typer.Exit) as ended:
+        cli.train(path, out=out)
+    assert ended.value.exit_code == 130
+    assert f"paused after step 2; go on with: strop train {out}/config.resolved.yaml --out {out} --resume" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((out / "summary.json").read_text())["stopped"] == "paused"
+    assert (out / "checkpoint-2" / "manifest.json").exists()
+    cli.train(path, out=out, resume=True)
+    assert "note: unscored holds since step 2: " in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["stopped"] == "finished"
+    assert left_behind(out) == left_behind(tmp_path / "whole")
+
+
+def test_a_stop_is_an_error_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = given(tmp_path, actions={"unscored": "stop"})
+    with pytest.raises(DiagnosisError, match="stopped after step 2 by the monitor unscored") as error:
+        train(settings, out=tmp_path / "run")
+    assert "rewards.funcs" in error.value.hint
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "stopped"
+    assert read_latest(tmp_path / "run").step == 2  # type: ignore[union-attr]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(typer.Exit) as ended:
+        cli.train(path, out=tmp_path / "other")
+    assert ended.value.exit_code == 1
+    assert "error: stopped after step 2" in capsys.readouterr().err
+    settings["monitor"] |= {"action": "pause", "actions": {}, "thresholds": {"unscored": [0.001, 0.01]}, "window": 3}
+    assert train(settings, out=tmp_path / "run", resume=True)["stopped"] == "finished"
+
+
+def test_a_reward_for_length_is_named_and_correctness_alone_is_not(tmp_path: Path) -> None:
+    """recipes/ramble.yaml, its first steps: two of its twenty have to be enough."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "ramble.yaml").read_text())
+    recipe["rewards"]["funcs"] = ["exact", f"{ROOT}/examples/ramble_reward.py:long_thoughts"]
+    recipe["rollout"] |= {"num_prompts": 6}
+    recipe["run"] = {"max_steps": 2, "eval_num_problems": 0, "report_to": ["none"], "threads": 1}
+    recipe["model"]["engine"] = "transformers"
+    recipe["monitor"] = {"window": 2}
+    train(recipe, out=tmp_path / "greedy")
+    greedy = {row["name"]: row for row in read_metrics(tmp_path / "greedy" / "diagnoses.jsonl")}
+    assert greedy["reward_length_correlation"]["level"] == "act"
+    assert greedy["reward_length_correlation"]["value"] > 0.7
+    recipe["rewards"] = {"funcs": ["exact"]}
+    train(recipe, out=tmp_path / "plain")
+    rows = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    assert [row["monitor/reward_length_correlation"] for row in rows] == [0.0, 0.0]
+    assert "reward_length_correlation" not in (tmp_path / "plain" / "diagnoses.jsonl").read_text()
+
+
+DECLARED = """
+from strop.rewards.contract import reward
+
+@reward(kind="correctness")
+def even(completion_ids, **kwargs):
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+@reward(kind="format")
+def form(completions, **kwargs):
+    return [0.25] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_history_holds_what_the_metrics_say(gated: bool, tmp_path: Path) -> None:
+    (tmp_path / "declared.py").write_text(DECLARED)
+    funcs = [f"{tmp_path}/declared.py:{name}" for name in ("even", "form")]
+    rewards = {"funcs": funcs, "weights": [1.0, 3.0], "check": False, **({} if gated else {"gated": []})}
+    settings = config(
+        rewards=rewards, run={"max_steps": 4, "eval_steps": 1, "eval_num_problems": 2, "eval_num_generations": 2}
+    )
+    train(settings, out=tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    checkpoint = read_latest(tmp_path / "run")
+    assert checkpoint is not None
+    columns = checkpoint.state["monitor"]["history"]["columns"]
+    same = {
+        "accuracy": "accuracy", "length": "completions/mean_length", "clipped": "completions/clipped_ratio",
+        "unscored": "frac_unscored", "zero_std": "frac_reward_zero_std", "entropy": "entropy", "grad_norm": "grad_norm",
+        "logp_gap": "sampling/sampling_logp_difference/mean", "eval": "eval_pass@1", "all_right": "groups/all_right",
+        "all_wrong": "groups/all_wrong", "repetition": "completions/repetition",
+    }  # fmt: skip
+    for column, metric in same.items():
+        assert columns[column] == [row.get(metric) for row in rows], column
+    assert all(value is not None for value in columns["eval"][:3])  # the last step is evaluated after training
+    assert columns["reward"] == pytest.approx([row["reward"] / 4 for row in rows])
+    right = [row["rewards/even/mean"] for row in rows]
+    assert 0 < min(right) < 1
+    paid = [0.75 * (r if gated else 1) for r in right]
+    assert columns["format_share"] == pytest.approx([f / (r + f) for f, r in zip(paid, right, strict=True)])
