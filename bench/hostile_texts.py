@@ -41,7 +41,7 @@ def main(progress: str) -> None:
         declared = declaration_of(LIBRARY[name])
         for number, (kind, text) in enumerate(texts):
             os.pwrite(notes, f"{name:<40}{kind:<12}{number:<8}{text[:40]!r:<60}"[:160].encode("ascii", "replace"), 0)
-            for row in hostile.ROWS:
+            for row in hostile.ROWS if declared.kind == "correctness" else hostile.ROWS[:1]:
                 limit_cpu()
                 start = time.process_time()
                 values = hostile.score(name, text, row)

@@ -65,7 +65,9 @@ def main(cycles: int) -> None:
     first = sample(engine)
     spread = [x for _, logprobs in first for x in logprobs]
     print(f"{len(spread)} tokens, log-probabilities {min(spread):.2f} to {max(spread):.2f}")
-    print(f"KV cache {engine.releasable_bytes / 2**30:.3f} GiB in {engine._pool and len(engine._pool._tensors)} tensors")
+    print(
+        f"KV cache {engine.releasable_bytes / 2**30:.3f} GiB in {engine._pool and len(engine._pool._tensors)} tensors"
+    )
     releases, restores, rows, wrong, worst = [], [], [], 0, 0.0
     for cycle in range(cycles):
         begin = time.perf_counter()

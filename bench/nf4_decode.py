@@ -11,6 +11,8 @@ decodes 64 sequences of a random model in vLLM, in 16 bit and in NF4, and prints
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,50 +99,71 @@ def correct(args: argparse.Namespace) -> None:
     print(f"correct: largest relative error of a product {worst:.2e} (rounding to 16 bit alone: about 2e-3)")
 
 
+Product = Callable[[Any, Any], Any]
+
+
+def step_ms(weights: list[tuple[int, Any]], product: Product, tokens: int) -> float:
+    """Return the milliseconds of `product(x, weight)` for all (inputs, weight), one after the other."""
+    import torch
+
+    x = {k: torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16) for k in {k for k, _ in weights}}
+
+    def step() -> None:
+        for k, weight in weights:
+            product(x[k], weight)
+
+    return graph_ms(step)
+
+
 def layers(args: argparse.Namespace) -> None:
     """Print the milliseconds of all linear layers of a decode step."""
     import torch
 
-    from strop.quant import nf4_triton
-
     for name in args.models:
         shapes, count = SHAPES[name]
-        results: dict[str, dict[int, float]] = {}
+        print(f"{name}: ms of all linear layers of one decode step, by tokens: {args.tokens}", flush=True)
+        for what, make, product in contenders():
+            try:
+                weights = [(k, make(n, k)) for n, k in shapes * count]
+                times = [step_ms(weights, product, m) for m in args.tokens]
+                print(f"  {what:26}" + "".join(f"{ms:9.3f}" for ms in times), flush=True)
+            except Exception:
+                traceback.print_exc(limit=3)
+            weights = []
+            torch.cuda.empty_cache()
 
-        def measure(what: str, step: Callable[[dict[int, Any]], None]) -> None:
-            for m in args.tokens:
-                x = {k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
-                results.setdefault(what, {})[m] = graph_ms(lambda: step(x))
 
-        ours = [(n, k, random_weight(n, k)) for _ in range(count) for n, k in shapes]
-        measure("nf4 (Strop)", lambda x: [nf4_triton.matmul(x[k], w) for _, k, w in ours] and None)
-        measure("nf4, dequantised, cuBLAS", lambda x: [
-            torch.nn.functional.linear(x[k], nf4_triton.dequantize(w, torch.bfloat16)) for _, k, w in ours] and None)
-        del ours
-        try:
-            import bitsandbytes.functional as bnb
-            from bitsandbytes import matmul_4bit
+def contenders() -> list[tuple[str, Callable[[int, int], Any], Product]]:
+    """Return (name, maker of a weight of n rows and k inputs, product)."""
+    import torch
 
-            theirs = []
-            for n, k in shapes * count:
-                packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda")
-                state = bnb.QuantState(
-                    absmax=torch.rand(n * k // 64, device="cuda") * 0.05, shape=torch.Size((n, k)), blocksize=64,
-                    code=bnb.get_4bit_type("nf4", device="cuda"), quant_type="nf4", dtype=torch.bfloat16,
-                )  # fmt: skip
-                theirs.append((k, packed, state))
-            measure("nf4 (bitsandbytes)", lambda x: [matmul_4bit(x[k], p.t(), s) for k, p, s in theirs] and None)
-            del theirs
-        except Exception:
-            traceback.print_exc(limit=3)
-        torch.cuda.empty_cache()
-        plain = [(k, torch.randn(n, k, device="cuda", dtype=torch.bfloat16)) for n, k in shapes * count]
-        measure("bf16 (cuBLAS)", lambda x: [torch.nn.functional.linear(x[k], w) for k, w in plain] and None)
-        del plain
-        torch.cuda.empty_cache()
-        print(f"{name}: ms of all linear layers of one decode step, by tokens: {args.tokens}")
-        for what, times in results.items():
-            print(f"  {what:26}" + "".join(f"{times[m]:9.3f}" for m in args.tokens))
+    from strop.quant import nf4_triton, products
+
+    def plain(n: int, k: int) -> Any:
+        return torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+
+    found: list[tuple[str, Callable[[int, int], Any], Product]] = [
+        ("bf16 (cuBLAS)", plain, torch.nn.functional.linear),
+        ("nf4 as run", random_weight, products.linear),
+        ("nf4 kernel", random_weight, nf4_triton.matmul),
+        ("nf4 unpacked, cuBLAS", random_weight,
+         lambda x, w: torch.nn.functional.linear(x, nf4_triton.dequantize(w, torch.bfloat16))),
+    ]  # fmt: skip
+    try:
+        import bitsandbytes.functional as bnb
+        from bitsandbytes.autograd._functions import matmul_4bit
+    except ImportError:
+        return found
+
+    def theirs(n: int, k: int) -> Any:
+        packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda")
+        absmax = torch.rand(n * k // 64, device="cuda") * 0.05
+        code = bnb.get_4bit_type("nf4", device="cuda")
+        shape = torch.Size((n, k))
+        return packed.t(), bnb.QuantState(absmax=absmax, shape=shape, blocksize=64, code=code, quant_type="nf4",
+                                          dtype=torch.bfloat16)  # fmt: skip
+
+    return [*found, ("nf4 (bitsandbytes)", theirs, lambda x, w: matmul_4bit(x, *w))]
 
 
 def candidates(m: int) -> list[dict[str, Any]]:
@@ -177,7 +200,7 @@ def warm(args: argparse.Namespace) -> None:
     tokens = [str(t) for t in args.tokens]
     commands = [["precompile", "--tokens", *tokens, "--share", str(i), str(count)] for i in range(count)]
     running = [subprocess.Popen([sys.executable, __file__, *command]) for command in [["correct"], *commands]]
-    if any([process.wait() for process in running]):
+    if sum(process.wait() for process in running):
         raise RuntimeError("see above")
 
 
@@ -185,40 +208,42 @@ def sweep(args: argparse.Namespace) -> None:
     """Time every candidate on every shape; print the best ones, and all of them as JSON lines."""
     import torch
 
-    from strop.quant import nf4, nf4_triton
-
     for name in args.models:
         for n, k in SHAPES[name][0]:
             copies = max(2, min(28, 200_000_000 // (n * k // 2)))
-            weights = [random_weight(n, k) for _ in range(copies)]
-            plain = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, copies // 4))]
+            weights = [(k, random_weight(n, k)) for _ in range(copies)]
             for m in args.tokens:
-                x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                base = graph_ms(lambda: [torch.nn.functional.linear(x, w) for w in plain], 5) / len(plain) * 1e3
-                found = []
-                for c in candidates(m):
-                    tiles = -(-n // c["BN"]) * -(-m // c["BM"])
-                    for splits in (1, 2, 3, 4, 6, 8, 12):
-                        if splits > 1 and (tiles * splits > 132 * 6 or nf4.groups_of(k) // splits < 3):
-                            continue
-                        full = {**c, "splits": splits}
-                        try:
-                            ms = graph_ms(lambda: [nf4_triton.matmul(x, w, config=full) for w in weights], 3)
-                        except Exception as e:
-                            print(f"  {full}: {type(e).__name__} {str(e)[:80]}")
-                            break
-                        found.append((ms / copies * 1e3, full))
-                found.sort(key=lambda f: f[0])
-                print(f"{name} {n}x{k} m={m}: bf16 {base:.1f} us; best:")
-                for us, c in found[:6]:
-                    print(f"    {us:7.2f} us {json.dumps(c)}")
+                found = sorted(((us, c) for us, c in timed(weights, n, m)), key=lambda f: f[0])
+                print(f"{name} {n}x{k} m={m}")
+                for us, c in found[:4]:
+                    print(f"    {us:7.2f} us {json.dumps(c)}", flush=True)
                 if args.out:
                     with args.out.open("a") as file:
-                        for us, c in found:
-                            row = {"model": name, "n": n, "k": k, "m": m, "us": round(us, 2), "bf16": round(base, 2), **c}
-                            file.write(json.dumps(row) + "\n")
-            del weights, plain
+                        file.writelines(
+                            json.dumps({"model": name, "n": n, "k": k, "m": m, "us": round(us, 2), **c}) + "\n"
+                            for us, c in found
+                        )
+            del weights
             torch.cuda.empty_cache()
+
+
+def timed(weights: list[tuple[int, Any]], n: int, m: int) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield (microseconds of a product, tile sizes and splits)."""
+    from strop.quant import nf4, nf4_triton
+
+    groups = nf4.groups_of(weights[0][0])
+    for c in candidates(m):
+        tiles = -(-n // c["BN"]) * -(-m // c["BM"])
+        for splits in (1, 2, 3, 4, 6, 8, 12):
+            if splits > 1 and (tiles * splits > 132 * 6 or groups // splits < 3):
+                continue
+            full = {**c, "splits": splits}
+            try:
+                ms = step_ms(weights, functools.partial(nf4_triton.matmul, config=full), m)
+            except Exception as e:
+                print(f"  {full}: {type(e).__name__} {str(e)[:80]}")
+                break
+            yield ms / len(weights) * 1e3, full
 
 
 def engine(args: argparse.Namespace) -> None:
@@ -239,7 +264,7 @@ def one_engine(args: argparse.Namespace) -> None:
 
     from strop.engine.base import EngineSettings
     from strop.engine.vllm_engine import VllmEngine
-    from strop.types import Problem, Request, Sampling
+    from strop.types import Problem
 
     name = args.models[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -255,16 +280,26 @@ def one_engine(args: argparse.Namespace) -> None:
         built = VllmEngine(settings, lambda ids: "", device="cuda")
     ready, memory = time.time() - start, torch.cuda.memory_allocated() / 2**30
     problems = [Problem(str(i), "", tuple(range(10 + i, 74 + i))) for i in range(64)]
-    rates = []
-    for _ in range(3):
-        requests = [Request(p, 0, i) for i, p in enumerate(problems)]
-        times: list[float] = []
-        list(built.generate(requests, Sampling(256, (), 1.0), policy_version=0,
-                            progress=lambda waiting, running: times.append(time.perf_counter())))  # fmt: skip
-        steps = sorted(b - a for a, b in zip(times[20:-2], times[21:-1], strict=True))
-        rates.append(1e3 * steps[len(steps) // 2])
-    print(f"engine {name} {args.kind}, head {args.head}: {min(rates):.2f} ms a step at 64 sequences (runs {[round(r, 2) for r in rates]}), "
-          f"ready after {ready:.0f} s, {memory:.2f} GiB with 4 GiB of KV")
+    rates = [rollout_ms(built, problems) for _ in range(3)]
+    print(
+        f"engine {name} {args.kind}, head {args.head}: {min(rates):.2f} ms a step at 64 sequences (runs "
+        f"{[round(r, 2) for r in rates]}), ready after {ready:.0f} s, {memory:.2f} GiB with 4 GiB of KV"
+    )
+
+
+def rollout_ms(engine: Any, problems: list[Any]) -> float:
+    """Return the median milliseconds of a decode step, all sequences running."""
+    from strop.types import Request, Sampling
+
+    requests = [Request(p, 0, i) for i, p in enumerate(problems)]
+    times: list[float] = []
+
+    def tick(unfinished: int, running: int) -> None:
+        times.append(time.perf_counter())
+
+    list(engine.generate(requests, Sampling(256, (), 1.0), policy_version=0, progress=tick))
+    steps = sorted(b - a for a, b in itertools.pairwise(times[20:-2]))
+    return 1e3 * steps[len(steps) // 2]
 
 
 def main() -> None:

@@ -152,7 +152,10 @@ def kernels(engine: Any) -> None:
     total = sum(e.device_time_total for e in events)
     print(f"-- {total / 5000:.3f} ms of kernels a step, {sum(e.count for e in events) // 5} launches")
     for e in events[:22]:
-        print(f"{e.device_time_total / 5000:7.3f} ms {e.count // 5:5d} x {e.device_time_total / e.count:6.1f} us  {e.key[:95]}")
+        print(
+            f"{e.device_time_total / 5000:7.3f} ms {e.count // 5:4d} x {e.device_time_total / e.count:5.1f} us "
+            f" {e.key[:80]}"
+        )
 
 
 def attempt(what: str, call: Callable[[], Any]) -> None:

@@ -45,6 +45,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Name -> config.json of the published model, as far as it decides sizes."""
 
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-0.5b", "Qwen/Qwen2.5-1.5B-Instruct": "qwen2.5-1.5b",
+    "Qwen/Qwen2.5-3B-Instruct": "qwen2.5-3b", "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b", "Qwen/Qwen3-4B": "qwen3-4b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+}  # fmt: skip
+"""Hub id -> name in CONFIGS."""
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -54,6 +61,43 @@ def write_config(name: str, folder: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
     return folder
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """Write config, random bf16 weights and a tokenizer with a token per byte; return the folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    content = dict(CONFIGS[name])
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    tokenizer = byte_tokenizer(config.vocab_size, config.eos_token_id, config.bos_token_id)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=config.eos_token_id).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(vocab_size: int, eos: int, bos: int) -> Any:
+    """Return a tokenizer without merges whose vocabulary is filled up to the model's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letters[i] if i < len(letters) else f"\u0120w{i}": i for i in range(vocab_size) if i not in (eos, bos)}
+    vocab |= {"<|im_end|>": eos, "<|endoftext|>": bos}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return fast
 
 
 def randomise(engine: Any, seed: int = 0) -> None:

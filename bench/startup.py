@@ -158,7 +158,9 @@ def imports() -> None:
     for run in ("first", "second"):
         begin = time.perf_counter()
         done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
-        print(f"{run} import of torch, transformers and vLLM: {time.perf_counter() - begin:.1f} s, rc {done.returncode}")
+        print(
+            f"{run} import of torch, transformers and vLLM: {time.perf_counter() - begin:.1f} s, rc {done.returncode}"
+        )
     packages: dict[str, float] = defaultdict(float)
     modules: list[tuple[float, str]] = []
     for line in done.stderr.splitlines():
@@ -183,9 +185,11 @@ def main() -> None:
     config = Path(sys.argv[1]) if len(sys.argv) > 1 else work / "config.yaml"
     if len(sys.argv) == 1:
         begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-                        f"from startup import make_model; from pathlib import Path; make_model(Path({str(work / 'm')!r}))"],
-                       check=True)  # fmt: skip
+        code = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"from pathlib import Path; from startup import make_model; make_model(Path({str(work / 'm')!r}))"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
         print(f"model made in {time.perf_counter() - begin:.1f} s")
         config.write_text(json.dumps({
             "model": {"path": str(work / "m")},

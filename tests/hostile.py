@@ -116,20 +116,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """The built-ins that score these texts."""
-    return [name for name in LIBRARY if name not in RUNS_PROGRAMS]
+    """The built-ins that score these texts, each function once."""
+    first = {function: name for name, function in reversed(LIBRARY.items())}
+    return [name for name, function in LIBRARY.items() if first[function] == name and name not in RUNS_PROGRAMS]
 
 
 def score(name: str, text: str, row: dict[str, Any]) -> list[float | None]:
     """Score a text with a built-in: alone, or as a group of three for a function of group scope."""
+    count = 3 if declaration_of(LIBRARY[name]).scope == "group" else 1
+    return batch(name, [text] * count, [row] * count)
+
+
+def batch(name: str, given: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
+    """Score several texts in one call."""
     function: Any = LIBRARY[name]
-    count = 3 if declaration_of(function).scope == "group" else 1
-    ids = list(text[:60_000].encode("utf-8", "surrogatepass"))
+    count = len(given)
     arguments = {
-        "prompts": ["?"] * count, "completions": [text] * count, "completion_ids": [ids] * count,
-        "prefill": [""] * count, "truncated": [False] * count, "max_completion_length": 100_000,
-        "correct": [True, False, True][:count], **{column: [value] * count for column, value in row.items()},
+        "prompts": ["?"] * count, "completions": given, "prefill": [""] * count, "truncated": [False] * count,
+        "max_completion_length": 100_000, "correct": [number % 2 == 0 for number in range(count)],
+        **{column: [row[column] for row in rows] for column in rows[0]},
     }  # fmt: skip
-    options = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    given = {key: value for key, value in arguments.items() if key not in options}
-    return function(**given, **OPTIONS.get(name, {}))
+    parameters = inspect.signature(function).parameters
+    if "completion_ids" in parameters:
+        arguments["completion_ids"] = [list(text[:60_000].encode("utf-8", "surrogatepass")) for text in given]
+    options = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    columns = {key: value for key, value in arguments.items() if key not in options}
+    return function(**columns, **OPTIONS.get(name, {}))

@@ -1,4 +1,4 @@
-"""NF4 on a CUDA card: the kernels against torch, and one packed copy for vLLM under CUDA graphs and the trainer in bf16."""
+"""NF4 on a CUDA card: the kernels against torch, one packed copy for vLLM under CUDA graphs and the trainer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ RIGS: dict[str, Callable[[], Rig]] = {
         lambda: quantised_rig(tiny_model("llama"), head="int8", embedding="host", device="cuda")
     ),
     "llama-bnb": functools.cache(
-        lambda: quantised_rig(packed_checkpoint("llama", kept=("lm_head", "model.layers.1.mlp"), nested=True), device="cuda")
+        lambda: quantised_rig(
+            packed_checkpoint("llama", kept=("lm_head", "model.layers.1"), nested=True), device="cuda"
+        )
     ),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from records import random_samples
 from test_policy import TARGETS
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen3Config
 
 from strop.config import ObjectiveConfig
 from strop.objective.packing import pack
@@ -32,10 +32,18 @@ SIZE = {
 }  # fmt: skip
 
 
+GEMMA_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
+
+
 def net(kind: str) -> torch.nn.Module:
     """Return a model with weights that bf16 holds exactly, so that every dtype starts from the same."""
     torch.manual_seed(0)
-    config = Qwen2Config(**SIZE) if kind == "qwen2" else Qwen3Config(**SIZE, head_dim=64)
+    makes = {
+        "qwen2": lambda: Qwen2Config(**SIZE),
+        "qwen3": lambda: Qwen3Config(**SIZE, head_dim=64),
+        "gemma3": lambda: Gemma3TextConfig(**SIZE, head_dim=64, sliding_window=30, layer_types=GEMMA_LAYERS),
+    }
+    config = makes[kind]()
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
 
@@ -61,7 +69,7 @@ def results(p: Policy, b: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Ten
     return logp.detach(), {n: q.grad.clone() for n, q in p.trainable.items()}
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_blocks_are_as_exact_as_the_plain_layers(kind: str, dtype: torch.dtype) -> None:
     b = batch()

@@ -23,7 +23,7 @@ from strop.config import ModelConfig
 from strop.engine import vllm_compat
 from strop.engine.base import EngineSettings
 from strop.engine.transformers_engine import TransformersEngine
-from strop.errors import EngineError, ModelError
+from strop.errors import ModelError
 from strop.objective.packing import pack
 from strop.policy import lora
 from strop.policy.load import build_on_meta, open_model, torch_dtype
@@ -63,9 +63,18 @@ def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
     assert 0.07 < (reference - w).norm() / w.norm() < 0.11
 
 
-def test_a_weight_of_a_shape_that_blocks_do_not_divide_is_refused() -> None:
+def test_a_width_that_blocks_do_not_divide_is_padded() -> None:
+    w = weight(5, 100)
+    wide = torch.nn.functional.pad(w, (0, 28))
+    packed, whole = nf4.quantize(w), nf4.quantize(wide)
+    assert torch.equal(packed.packed, whole.packed)
+    assert torch.equal(packed.absmax, whole.absmax)
+    plain = nf4.dequantize(packed, torch.float32)
+    assert torch.equal(plain, nf4.dequantize(whole, torch.float32)[:, :100])
+    x = torch.randn(3, 100)
+    torch.testing.assert_close(products.linear(x, packed), x @ plain.t(), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="multiple of 64"):
-        nf4.quantize(weight(4, 96))
+        nf4.from_bitsandbytes(packed.packed, packed.absmax, (5, 100))
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
@@ -104,7 +113,7 @@ def test_eight_bits_round_to_the_nearest_of_255_values(monkeypatch: pytest.Monke
 KERNELS = """
 import torch
 from strop.quant import int8, int8_triton, nf4, nf4_triton
-for m, n, k in ((5, 96, 192), (37, 130, 256)):
+for m, n, k in ((5, 96, 100), (37, 130, 256)):
     w = nf4.quantize(torch.randn(n, k) * 0.02)
     x, bias = torch.randn(m, k).half(), torch.randn(n).half()
     plain = nf4.dequantize(w, torch.float16)
@@ -188,26 +197,28 @@ def test_the_assembler_code_unpacks_every_byte(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------- engine and trainer
 
 
-def quantised_rig(path: Path, *, head: str = "16bit", embedding: str = "card", device: str = "cpu") -> Rig:
+def quantised_rig(
+    path: Path, *, head: str = "16bit", embedding: str = "card", device: str = "cpu", targets: tuple[str, ...] = TARGETS
+) -> Rig:
     """An NF4 engine on a model folder, and a policy on its tensors."""
     torch.set_num_threads(1)
     vllm_compat.prepare_environment(device, 1)
     from strop.engine.vllm_engine import VllmEngine
 
     source = open_model(str(path), "nf4")
-    head, embedding = held_as(source, ModelConfig(quantization="nf4", head=head, embedding=embedding))  # type: ignore[arg-type]
+    held = held_as(source, ModelConfig.model_validate({"quantization": "nf4", "head": head, "embedding": embedding}))
     dtype = "float32" if device == "cpu" else "bfloat16"
     settings = EngineSettings(
         source.path, dtype, max_model_len=320, max_num_seqs=64, max_num_batched_tokens=2048,
         kv_cache_bytes=(32 if device == "cpu" else 256) << 20, block_size=32 if device == "cpu" else None, seed=0,
-        lora_rank=8, lora_target_modules=TARGETS, runner=vllm_compat.RUNNERS[device],  # type: ignore[arg-type]
-        quantization="nf4", kept_modules=source.kept_modules, head=head, embedding=embedding,  # type: ignore[arg-type]
+        lora_rank=8, lora_target_modules=targets, runner=vllm_compat.RUNNERS[device],  # type: ignore[arg-type]
+        quantization="nf4", kept_modules=source.kept_modules, head=held[0], embedding=held[1],
     )  # fmt: skip
     engine = VllmEngine(settings, lambda ids: decode(source, ids), device=device)
     model = build_on_meta(source, torch_dtype(dtype))
     alias_parameters(model, engine)
     move_buffers(model, torch.device(device))
-    adapters = lora.inject(model, r=8, alpha=32, target_modules=TARGETS, seed=0)
+    adapters = lora.inject(model, r=8, alpha=32, target_modules=targets, seed=0)
     policy = Policy(model, 1.0, adapters)
     return Rig(source, engine, policy, SharedWeights(policy, engine), {})
 
@@ -227,12 +238,50 @@ def test_engine_and_trainer_compute_on_one_packed_copy(kind: str) -> None:
     check_packed_forward(built.policy)
     rollouts = generate(built, rollout_requests(problems(4), 2, run_seed=0, step=0))
     gap = (trainer_logprobs(built, rollouts) - sampler_logprobs(rollouts)).abs()
-    assert gap.numel() > 50 and gap.max() < 5e-5
+    assert gap.numel() > 50
+    assert gap.max() < 5e-5
     assert built.weights.unshared_bytes() == 0
     layers = [m for m in built.policy.model.modules() if isinstance(m, Nf4Linear)]
     assert len(layers) == 14
-    wide = [m for m in layers if m.in_features == 128]
-    assert all(8 * sum(t.nbytes for t in m.buffers()) == 4.25 * m.in_features * m.out_features for m in wide) and wide
+    down = next(m for m in layers if m.in_features == 128)
+    assert 8 * sum(t.nbytes for t in down.buffers()) == 4.25 * down.in_features * down.out_features
+
+
+@functools.cache
+def family(kind: str) -> Path:
+    """Write a tiny model of another architecture."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Phi3Config, Qwen2Config
+
+    make = {"qwen2": Qwen2Config, "mistral": MistralConfig, "gemma3": Gemma3TextConfig, "phi3": Phi3Config}[kind]
+    extra = {"gemma3": {"head_dim": 32, "sliding_window": 24}, "phi3": {"original_max_position_embeddings": 512}}
+    folder = Path(tempfile.mkdtemp(prefix=f"strop-{kind}-"))
+    shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
+    tokens = open_model(str(folder)).config
+    config = make(
+        vocab_size=tokens.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, eos_token_id=tokens.eos_token_id, bos_token_id=None,
+        pad_token_id=tokens.pad_token_id, **extra.get(kind, {}),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma3", "phi3"])
+def test_other_families_share_by_vllms_own_packing_map(kind: str) -> None:
+    targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj") if kind == "phi3" else TARGETS
+    built = quantised_rig(family(kind), targets=targets)
+    nudge(built)
+    built.weights.publish()
+    rollouts = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
+    assert (trainer_logprobs(built, rollouts) - sampler_logprobs(rollouts)).abs().max() < 5e-5
+    assert built.weights.unshared_bytes() == 0
+    assert sum(isinstance(m, Nf4Linear) for m in built.policy.model.modules()) == 2 * len(targets)
+    built.engine.close()
 
 
 def test_a_copy_of_a_packed_weight_would_be_counted() -> None:
@@ -270,9 +319,10 @@ def test_gradients_are_those_of_the_unpacked_model() -> None:
             unpacked: torch.nn.Module = torch.nn.Linear(module.in_features, module.out_features, bias=False)
             unpacked.weight.data = module.dequantized()
         elif isinstance(module, Int8Embedding | Int8Head):
-            rows = int8.dequantize(int8.Int8(module.values, module.scale), torch.float32)
-            unpacked = torch.nn.Embedding(*rows.shape) if isinstance(module, Int8Embedding) else torch.nn.Linear(1, 1, bias=False)
-            unpacked.weight.data = rows
+            unpacked = (
+                torch.nn.Embedding(1, 1) if isinstance(module, Int8Embedding) else torch.nn.Linear(1, 1, bias=False)
+            )
+            unpacked.weight.data = int8.dequantize(int8.Int8(module.values, module.scale), torch.float32)
         else:
             continue
         parent, _, leaf = name.rpartition(".")
@@ -322,7 +372,8 @@ def packed_checkpoint(kind: str, *, kept: tuple[str, ...], nested: bool) -> Path
 def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_is(nested: bool) -> None:
     kept = ("lm_head", "model.layers.1.mlp", "model.layers.0.self_attn.k_proj")
     built = quantised_rig(packed_checkpoint("llama", kept=kept, nested=nested))
-    assert built.source.packed and built.source.kept_modules == kept
+    assert built.source.packed
+    assert built.source.kept_modules == kept
     rollouts = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
     assert (trainer_logprobs(built, rollouts) - sampler_logprobs(rollouts)).abs().max() < 5e-5
     assert built.weights.unshared_bytes() == 0
@@ -332,7 +383,8 @@ def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_is(nested: bool) -> None:
     assert len(found) == 14 - 3 - 3
     for name, module in found.items():
         if not nested:
-            assert torch.equal(module.packed, whole[name].packed) and torch.equal(module.absmax, whole[name].absmax)
+            assert torch.equal(module.packed, whole[name].packed)
+            assert torch.equal(module.absmax, whole[name].absmax)
         else:  # statistics in 8 bits move every value of a block
             gap = module.dequantized() - whole[name].dequantized()
             assert 0 < gap.norm() < 0.03 * whole[name].dequantized().norm()
@@ -345,10 +397,11 @@ def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them() -> None:
     tensors = [("a.weight", packed), *((f"a.weight.{k}", v) for k, v in state.as_dict(packed=True).items())]
     for order in (tensors, tensors[::-1]):
         ((name, _, ours),) = merged(order)
-        assert name == "a.weight" and ours is not None
+        assert name == "a.weight"
+        assert ours is not None
         reference = bitsandbytes.dequantize_4bit(packed, state)
         assert (nf4.dequantize(ours, torch.float32) - reference).abs().max() < 2e-3 * reference.abs().max()
-    with pytest.raises(ValueError, match="lacks .*absmax"):
+    with pytest.raises(ValueError, match=r"lacks .*absmax"):
         list(merged(tensors[:1]))
 
 
@@ -377,20 +430,7 @@ def test_another_packing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", [{"embedding": "host"}, {"embedding": "int8"}, {"head": "int8", "embedding": "host"}])
 def test_a_tied_model_has_one_tensor_for_both_ends(held: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="one tensor"):
-        held_as(open_model(str(tiny_model("qwen3"))), ModelConfig(**held))  # type: ignore[arg-type]
-
-
-def test_a_width_that_blocks_do_not_divide_is_refused() -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    folder = Path(tempfile.mkdtemp(prefix="strop-odd-"))
-    shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    with pytest.raises(EngineError, match="multiple of 64"):
-        quantised_rig(folder)
-    with pytest.raises(ModelError, match="multiple of 64"):
-        load_model(open_model(str(folder)), ModelConfig(quantization="nf4"), torch.float32, torch.device("cpu"))
+        held_as(open_model(str(tiny_model("qwen3"))), ModelConfig.model_validate(held))
 
 
 # ---------------------------------------------------------------- the other engine

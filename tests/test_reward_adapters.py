@@ -247,6 +247,18 @@ def test_the_package_of_the_same_name_is_still_a_module() -> None:
     assert (spec.form, spec.kind, spec.target, spec.name) == ("verifiers", "module", "pkg.mod", "f")
 
 
+def test_prefixed_files_become_absolute_and_keep_their_form(folder: Path) -> None:
+    from strop.config_load import load_config, with_absolute_paths
+    from strop.trainer.runfolder import _same_place
+
+    funcs = ("verl:verl_file.py:compute_score", "swift:pkg.mod:C", "verl:compute_score")
+    config = with_absolute_paths(load_config({"rewards": {"funcs": funcs}}))
+    assert config.rewards.funcs == (f"verl:{folder}/verl_file.py:compute_score", *funcs[1:])
+    assert _same_place("verl:/gone/f.py:f", "verl:/moved/f.py:f")
+    assert not _same_place("verl:/gone/f.py:f", "/gone/f.py:f")
+    assert not _same_place("verl:/gone/f.py:f", "swift:/gone/f.py:f")
+
+
 def first_error(pool: RewardPool, *rollouts: Rollout) -> RewardError:
     def run() -> list[ScoredRollout]:
         with pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from strop import cli, load_config
 from strop.errors import RewardError
-from strop.rewards.audit import reference, texts
+from strop.rewards.audit import solvers, texts
 from strop.rewards.audit.length import pearson, spearman
 from strop.rewards.audit.registry import FAMILIES, Finding
 from strop.rewards.audit.report import Report
@@ -23,15 +24,21 @@ from strop.trainer.rewards_command import audit_config
 BAD = exploitable_rewards.__file__
 BOXED = r"{question} Think first, then put the answer in \boxed{{}}."
 TAGGED = "{question} Think between <think> tags, then answer between <answer> tags."
-SUMS = [{"question": f"A shop has {a} apples and gets {b} more. How many are there?", "answer": str(a + b)}
-        for a, b in ((313, 45), (1200, 34), (77, 5), (2401, 808), (64, 16), (909, 90), (15, 4), (4000, 321))]  # fmt: skip
-ALGEBRA = [{"question": f"Problem {i}.", "answer": answer}
-           for i, answer in enumerate((r"\frac{3}{4}", "x^2+1", r"\sqrt{2}", "(1,2)", "12", r"2\pi", "0.5", "-7"))]  # fmt: skip
+SUMS = [
+    {"question": f"A shop has {a} apples and gets {b} more. How many are there?", "answer": str(a + b)}
+    for a, b in ((313, 45), (1200, 34), (77, 5), (2401, 808), (64, 16), (909, 90), (15, 4), (4000, 321))
+]
+ALGEBRA = [
+    {"question": f"Problem {i}.", "answer": answer}
+    for i, answer in enumerate((r"\frac{3}{4}", "x^2+1", r"\sqrt{2}", "(1,2)", "12", r"2\pi", "0.5", "-7"))
+]
 
 
 def dataset(folder: Path, rows: Sequence[Mapping[str, Any]], template: str) -> dict[str, Any]:
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *({**r, "question": f"Held: {r['question']}"} for r in rows)]))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, *({**r, "question": f"Held: {r['question']}"} for r in rows)])
+    )
     return {
         "name": "dataset", "path": str(path), "eval_split": None, "eval_size": len(rows), "max_prompt_length": 400,
         "template": template,
@@ -72,7 +79,15 @@ def failing(report: Report) -> dict[str, str]:
 
 
 def test_our_own_rewards_pass_every_probe(tmp_path: Path) -> None:
-    funcs = ["numeric", "think_format", "single_box", "answer_last", "soft_overlong", "ngram_repetition", "compression_ratio"]
+    funcs = [
+        "numeric",
+        "think_format",
+        "single_box",
+        "answer_last",
+        "soft_overlong",
+        "ngram_repetition",
+        "compression_ratio",
+    ]
     report = audit(dataset(tmp_path, SUMS, BOXED), funcs, weights=[1.0, 0.1, 0.1, 0.1, 0.5, 0.2, 0.2])
     assert failing(report) == {}
     assert not report.failed
@@ -86,18 +101,24 @@ def test_our_own_rewards_pass_every_probe(tmp_path: Path) -> None:
     assert [function.gated for function in report.functions] == [False, True, True, True, False, False, False]
 
 
-LIBRARY = {
-    "math": (ALGEBRA, BOXED, ["math", "think_format"], [1.0, 0.1]),
-    "gsm8k": (SUMS, "{question} End with #### and the answer.", ["gsm8k"], [1.0]),
-    "exact": (ALGEBRA, "{question} Reply with the answer and nothing else.", ["exact"], [1.0]),
-    "gr3": (SUMS, BOXED, ["numeric", "gr3"], [1.0, 0.5]),
+LIBRARY: dict[str, tuple[Any, str, list[str], list[float], list[str]]] = {
+    "math": (
+        ALGEBRA[:3],
+        BOXED,
+        ["math", "think_format"],
+        [1.0, 0.1],
+        ["Z9", "Z10", "Z11", "Z12", "Z14", "Z17", "P", "X", "R4"],
+    ),
+    "gsm8k": (SUMS, "{question} End with #### and the answer.", ["gsm8k"], [1.0], ["Z", "P"]),
+    "exact": (ALGEBRA, "{question} Reply with the answer and nothing else.", ["exact"], [1.0], ["Z", "P"]),
+    "gr3": (SUMS, BOXED, ["numeric", "gr3"], [1.0, 0.5], ["L", "G", "B", "R4"]),
 }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_other_stacks_of_the_library_pass(name: str, tmp_path: Path) -> None:
-    rows, template, funcs, weights = LIBRARY[name]
-    report = audit(dataset(tmp_path, rows, template), funcs, weights=weights, only=["Z", "P", "L", "G", "B", "X", "R4", "R5"])
+    rows, template, funcs, weights, only = LIBRARY[name]
+    report = audit(dataset(tmp_path, rows, template), funcs, weights=weights, only=[*only, "P1", "R5"], rows=len(rows))
     assert failing(report) == {}
     assert by_id(report)["P1"].severity == "OK"
 
@@ -108,6 +129,34 @@ def test_countdown_passes_and_its_forbidden_forms_are_really_tried() -> None:
     found = by_id(report)
     assert found["P1"].severity == "OK"
     assert found["Z12"].of > 4
+
+
+CODE = [
+    {
+        "question": f"Write add{n}(a, b).",
+        "test_list": [f"assert add{n}(1, 2) == {3 + n}", f"assert add{n}(0, 0) == {n}"],
+        "code": f"def add{n}(a, b):\n    return a + b + {n}",
+    }
+    for n in range(4)
+]
+SCHEMA = {"type": "object", "required": ["name", "age"], "additionalProperties": False,
+          "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 3}}}  # fmt: skip
+
+
+def test_answers_that_are_no_text_are_found_for_code_json_and_choices(tmp_path: Path) -> None:
+    probes = ["Z1", "Z6", "Z13", "Z14", "P", "X"]
+    task = {**dataset(tmp_path, CODE, "{question}"), "answer_column": None}
+    code = by_id(audit(task, ["python_tests"], only=[*probes, "D6"], rows=3, length=300))
+    assert {i: f.said for i, f in code.items() if f.severity not in ("OK", "SKIP")} == {}
+    assert code["P1"].said.startswith("code block")
+    task = {**dataset(tmp_path, [{"question": f"{n}. Who?"} for n in range(4)], "{question}"), "answer_column": None}
+    options = {"options": {"json_schema": {"schema": SCHEMA}}}
+    shape = by_id(audit(task, ["json_schema"], only=probes, rows=3, rewards=options))
+    assert {i for i, finding in shape.items() if finding.severity != "OK"} == set()
+    choices = [{"question": f"{n}. A or B?", "answer": "AB"[n % 2]} for n in range(8)]
+    letters = by_id(audit(dataset(tmp_path, choices, "{question} Answer: A or B"), ["mcq"], only=["Z", "P1"]))
+    assert {i: f.said for i, f in letters.items() if f.severity == "FAIL"} == {}
+    assert letters["P1"].severity == "OK"
 
 
 # --- known faults ----------------------------------------------------------------------------------------------------
@@ -177,7 +226,9 @@ def test_what_a_function_does_beside_computing_is_seen(tmp_path: Path, monkeypat
 def test_a_probe_that_cannot_run_is_skipped_with_a_reason(tmp_path: Path) -> None:
     rows = [{"question": row["question"]} for row in SUMS]
     task = {**dataset(tmp_path, rows, BOXED), "answer_column": None}
-    (tmp_path / "mine.py").write_text("def f(completions, **kwargs):\n    return [float(len(str(c))) for c in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "def f(completions, **kwargs):\n    return [float(len(str(c))) for c in completions]\n"
+    )
     report = audit(task, [f"{tmp_path}/mine.py:f"], only=["Z1", "P1", "L1", "G1", "B2", "D1"])
     found = by_id(report)
     for identity in ("Z1", "P1", "L1", "G1"):
@@ -194,9 +245,7 @@ def test_known_good_completions_stand_in_where_rows_tell_none(tmp_path: Path) ->
         "    return [float(c[0]['content'] == f'it is: {s}') for c, s in zip(completions, sum)]\n"
     )
     good = tmp_path / "good.jsonl"
-    lines = [
-        {"id": f"rows/train/{i}", "completion": f"it is: {row['answer']}"} for i, row in enumerate([*SUMS, *SUMS])
-    ]
+    lines = [{"id": f"rows/train/{i}", "completion": f"it is: {row['answer']}"} for i, row in enumerate([*SUMS, *SUMS])]
     good.write_text("".join(json.dumps(line) + "\n" for line in lines))
     mine = [f"{tmp_path}/mine.py:f"]
     report = audit(task, mine, only=["P1", "Z1", "Z13", "Z19"], known_good=good)
@@ -214,7 +263,9 @@ def test_the_command_prints_a_table_writes_json_and_exits_1(tmp_path: Path) -> N
     config.write_text(json.dumps({"task": task, "rewards": {"funcs": [f"{BAD}:contains_the_answer"]}}))
     out = tmp_path / "found.json"
     runner = CliRunner()
-    result = runner.invoke(cli.app, ["rewards", "audit", str(config), "--only", "Z1,Z9,G4", "--rows", "6", "--json", str(out)])
+    result = runner.invoke(
+        cli.app, ["rewards", "audit", str(config), "--only", "Z1,Z9,G4", "--rows", "6", "--json", str(out)]
+    )
     assert result.exit_code == 1, result.output
     assert "Z9" in result.output
     assert "change:" in result.output
@@ -255,15 +306,21 @@ def test_probes_are_chosen_by_id_and_family() -> None:
         choose((), ["Q"])
 
 
+def test_the_page_lists_every_probe() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "audit.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([A-Z]\d+) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
+    assert listed == [(p.id, p.title, " ".join((p.run.__doc__ or "").split())) for p in all_probes()]
+
+
 def test_countdown_is_solved_missed_and_cheated() -> None:
-    value = reference.solve([3, 5, 7], 26)
+    value = solvers.solve([3, 5, 7], 26)
     assert value is not None
     assert eval(value) == 26
-    assert reference.solve([2, 2], 99) is None
-    wrong = reference.wrong_expression([3, 5, 7], 15)
+    assert solvers.solve([2, 2], 99) is None
+    wrong = solvers.wrong_expression([3, 5, 7], 15)
     assert eval(wrong) != 15
-    for numbers, target, text in reference.FORBIDDEN:
-        assert reference.solve(numbers, target) is None
+    for numbers, target, text in solvers.FORBIDDEN:
+        assert solvers.solve(numbers, target) is None
         assert abs(eval(text) - target) < 1e-5
 
 

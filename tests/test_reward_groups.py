@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,9 +66,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def pool_of(*names: str, log: Path | None = None, **settings: object) -> RewardPool:
+def pool_of(*names: str, log: Path | None = None, **settings: Any) -> RewardPool:
     funcs = tuple(name if name in ("numeric", "think_format") else f"f.py:{name}" for name in names)
-    config = RewardsConfig(funcs=funcs, **settings)  # type: ignore[arg-type]
+    config = RewardsConfig(funcs=funcs, **settings)
     return RewardPool(config, default_funcs=(), verdict_log=log, max_completion_length=64)
 
 
@@ -163,7 +164,7 @@ def test_a_function_of_one_completion_cannot_know_what_is_right() -> None:
         ({"weights": [1.0, 0.0]}, [1.0, 0.0, None, 1.0]),
     ],
 )
-def test_format_counts_where_the_answer_is_right(settings: dict[str, object], rewards: list[float | None]) -> None:
+def test_format_counts_where_the_answer_is_right(settings: dict[str, Any], rewards: list[float | None]) -> None:
     rows = [rollout("3"), rollout("no"), rollout("3", answer=None), rollout("raise", answer="r")]
     with pool_of("right", "tidy", **settings) as pool:
         scored = pool.score(rows)
@@ -194,7 +195,7 @@ def test_options_reach_the_function_and_columns_do_not_pass_for_them() -> None:
         ({"options": {"numeric": {"tolerence": 1}}}, "rewards.options.numeric: there is no option `tolerence`", ""),
     ],
 )
-def test_wrong_names_are_found_before_anything_is_started(settings: dict[str, object], message: str, hint: str) -> None:
+def test_wrong_names_are_found_before_anything_is_started(settings: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(RewardError, match=message) as caught:
         pool_of("right", "tidy", "numeric", **settings)
     assert hint in caught.value.hint
@@ -222,3 +223,22 @@ def test_versions_follow_the_declaration_or_the_source(folder: Path) -> None:
     with pool_of("right", "plain", "numeric") as pool:
         second = pool.versions()
     assert {name for name in first if first[name] != second[name]} == {"plain"}
+
+
+def test_a_resumed_run_names_the_functions_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_wiring import config, reward_file
+
+    from strop import train
+    from strop.trainer.checkpoint import read_latest
+
+    entry = reward_file(tmp_path, "return [float(len(str(c)) % 7) for c in completions]")
+    train(config(rewards={"funcs": [entry, "think_format"]}, run={"max_steps": 1}), out=tmp_path / "run")
+    checkpoint = read_latest(tmp_path / "run")
+    assert checkpoint is not None
+    assert set(checkpoint.state["reward_versions"]) == {"f", "think_format"}
+    capsys.readouterr()
+    reward_file(tmp_path, "return [float(len(str(c)) % 7) for c in completions]  # as before")
+    train(config(rewards={"funcs": [entry, "think_format"]}, run={"max_steps": 2}), out=tmp_path / "run", resume=True)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "changed since the checkpoint" in line]
+    assert len(notes) == 1
+    assert notes[0].endswith("so rewards may: f")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from test_wiring import OPTIMIZER, config
+from test_wiring import OPTIMIZER, config, reward_file
 
 from strop import cli, train
 from strop.errors import DiagnosisError
@@ -160,3 +160,22 @@ def test_the_history_holds_what_the_metrics_say(gated: bool, tmp_path: Path) -> 
     assert 0 < min(right) < 1
     paid = [0.75 * (r if gated else 1) for r in right]
     assert columns["format_share"] == pytest.approx([f / (r + f) for f, r in zip(paid, right, strict=True)])
+
+
+def test_a_monitor_waits_for_a_step_that_was_finite(tmp_path: Path) -> None:
+    """No checkpoint is written of a step that was not, so a run that ended there would lose steps."""
+    body = "s = trainer_state.global_step; return [(1e40 if s == 1 else 1) * len(str(c)) for c in completions]"
+    settings = config(
+        rewards={"funcs": [reward_file(tmp_path, body)], "check": False},
+        objective={"scale_rewards": "none"},
+        run={"max_steps": 5, "save_steps": 50},
+    )
+    settings["monitor"] = {
+        "window": 2, "action": "warn", "actions": {"truncated": "pause"}, "thresholds": {"truncated": [0.0, 0.0]}
+    }  # fmt: skip
+    summary = train(settings, out=tmp_path / "run")
+    assert [row["nonfinite_steps"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 0]
+    (found,) = [r for r in read_metrics(tmp_path / "run" / "diagnoses.jsonl") if r["name"] == "truncated"]
+    assert (found["step"], found["action"]) == (1, "pause")
+    assert (summary["stopped"], summary["steps"]) == ("paused", 3)
+    assert read_latest(tmp_path / "run").step == 3  # type: ignore[union-attr]

@@ -185,8 +185,12 @@ def audit_rewards(
     seed: Seed = 0,
     gold: Gold = None,
     known_good: KnownGood = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Ids or families of probes, e.g. Z,P1.")] = None,
-    skip: Annotated[list[str] | None, typer.Option("--skip", help="Ids or families to leave out.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="IDS", help="Ids or families of probes, e.g. Z,P1.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", metavar="IDS", help="Ids or families to leave out.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings there.")] = None,
     overrides: Set = None,
 ) -> None:

@@ -76,6 +76,10 @@ class Section(BaseModel):
     )
 
 
+HeadFormat = Literal["16bit", "int8"]
+EmbeddingPlace = Literal["card", "host", "int8"]
+
+
 class ModelConfig(Section):
     """Which model is trained, and what generates."""
 
@@ -85,10 +89,12 @@ class ModelConfig(Section):
     """Weights and activations. `auto`: float32 on a CPU, bfloat16 on a CUDA card that has it."""
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the linear layers' weights in 4 bits, for engine and trainer both (QLoRA); needs adapters."""
-    head: Literal["16bit", "int8"] = "16bit"
-    """Output head: `int8` halves its memory and moves log-probabilities by about 0.003. Tied: the embedding as well."""
-    embedding: Literal["card", "host", "int8"] = "card"
+    head: HeadFormat = "16bit"
+    """Output head: `int8` halves its memory, with less effect than rounding to bf16. Tied: the embedding as well."""
+    embedding: EmbeddingPlace = "card"
     """Input embedding: on the card, in pinned host memory (none of the card's; not for a tied model), or in 8 bits."""
+    share_weights: Literal["require", "copy"] = "require"
+    """`copy`: with vLLM the trainer holds the weights a second time, for a model whose weights cannot be shared."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What generates completions. `auto`: vLLM where it is installed, else transformers."""
 
@@ -365,13 +371,13 @@ class Config(Section):
             raise ValueError(
                 "lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r"
             )
-        packed = {"quantization": "none", "head": "16bit", "embedding": "card"}
+        packed = {"quantization": "none", "head": "16bit", "embedding": "card", "share_weights": "require"}
         for key, plain in packed.items() if self.lora.r == 0 else ():
             given = getattr(self.model, key)
             if given != plain:
                 raise ValueError(
-                    f"model.{key} is {given} while lora.r is 0, which trains all weights; packed weights cannot be "
-                    "trained themselves, so adapters are needed (lora.r 16)"
+                    f"model.{key} is {given} while lora.r is 0, which trains all weights; packed or copied weights "
+                    "cannot be trained themselves, so adapters are needed (lora.r 16)"
                 )
         if self.objective.mask_truncated_completions and self.rollout.max_completion_length < 2:
             raise ValueError("with max_completion_length 1 every completion is truncated and would be masked")

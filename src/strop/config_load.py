@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from .config import Config
 from .errors import ConfigError
+from .types import REWARD_FORMS
 
 TRL_NAMES: Mapping[str, str] = {
     "model_name_or_path": "model.path",
@@ -159,8 +160,12 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_function(entry: str) -> str:
-    target, colon, function = entry.strip().rpartition(":")
-    return f"{_absolute(target)}{colon}{function}" if target.endswith(".py") else entry
+    place, form = entry.strip(), ""
+    if place.partition(":")[0] in REWARD_FORMS and place.count(":") > 1:
+        form, _, place = place.partition(":")
+        form += ":"
+    target, colon, function = place.rpartition(":")
+    return f"{form}{_absolute(target)}{colon}{function}" if target.endswith(".py") else entry
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

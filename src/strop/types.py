@@ -28,6 +28,9 @@ REWARD_KEYWORDS = (
 )  # fmt: skip
 """Keywords that Strop gives to a reward function; a data set has no column of such a name."""
 
+REWARD_FORMS = ("verl", "openrlhf", "swift", "verifiers")
+"""What may stand before an entry of `rewards.funcs`, as in `verl:path.py:compute_score`: whose convention it is."""
+
 FinishReason = Literal["stop", "length"]
 SegmentKind = Literal["prompt", "sampled", "environment"]
 
@@ -143,8 +146,8 @@ class ScoredRollout:
     failures: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of each function that raised, ran out of time or gave NaN, with the reason."""
     correct: bool | None = None
-    """Whether every weighted correctness function that applies reached its declared maximum; None if none applies or one
-    failed."""
+    """Whether every weighted correctness function that applies reached its declared maximum; None if none applies or
+    one failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def alias_parameters(model: torch.nn.Module, engine: Engine) -> None:
             found = "nothing" if view is None else f"shape {tuple(view.shape)}"
             raise ModelError(
                 f"the engine has {found} for `{name}`, shape {tuple(parameter.shape)} is needed to share the weights",
-                hint="model.engine: transformers trains this model, more slowly",
+                hint="model.share_weights: copy holds them twice; model.engine: transformers shares them, more slowly",
             )
         # A tied weight is one parameter here as well, or the optimizer would update it twice.
         key = view.data_ptr()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from ..config import EmbeddingPlace, HeadFormat
 from ..types import FinishReason, Request, Rollout, Sampling, Segment
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class EngineSettings:
     """How the linear layers' weights are held."""
     kept_modules: tuple[str, ...] = ()
     """Modules whose weights stay in 16 bit under `nf4`."""
-    head: Literal["16bit", "int8"] = "16bit"
+    head: HeadFormat = "16bit"
     """How the output head is held."""
-    embedding: Literal["card", "host", "int8"] = "card"
+    embedding: EmbeddingPlace = "card"
     """How and where the input embedding is held."""
 
 

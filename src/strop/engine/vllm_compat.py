@@ -142,14 +142,17 @@ def _temper_in_fp32() -> None:
         return
     original = Sampler.sample
 
-    def sample(self: Any, logits: Any, expanded_idx_mapping: Any, idx_mapping_np: Any, *args: Any, **kwargs: Any) -> Any:
+    def sample(
+        self: Any, logits: Any, expanded_idx_mapping: Any, idx_mapping_np: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         temperatures = self.sampling_states.temperature.np[idx_mapping_np]
         if not np.all((temperatures == 0.0) | (temperatures == 1.0)):
             logits = logits.float()
         return original(self, logits, expanded_idx_mapping, idx_mapping_np, *args, **kwargs)
 
-    sample._strop = True  # type: ignore[attr-defined]
-    Sampler.sample = sample
+    patched: Any = sample
+    patched._strop = True
+    setattr(Sampler, "sample", patched)  # noqa: B010 (its type differs between versions)
 
 
 def _capture_with_the_adapter_only() -> None:
@@ -166,7 +169,7 @@ def _capture_with_the_adapter_only() -> None:
     def cases(lora_config: Any, compilation_config: Any) -> list[int]:
         return [0] if lora_config is None else [lora_config.max_loras + 1]
 
-    runner.get_lora_capture_cases = cases
+    setattr(runner, "get_lora_capture_cases", cases)  # noqa: B010 (not in the module's public names)
 
 
 def _keep_plain_weights() -> None:

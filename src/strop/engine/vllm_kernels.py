@@ -4,6 +4,9 @@ They work on fixed buffers of vLLM's second model runner, so that a whole step i
 [n, row 0, row 1, ...] in int32: how many requests decode, and which slot of the runner's state each of them has.
 """
 
+# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from typing import Any

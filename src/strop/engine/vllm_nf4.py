@@ -1,8 +1,8 @@
 """NF4 as a quantisation method of vLLM, through its public registries; the layout is `quant.nf4`'s.
 
 vLLM's own bitsandbytes method left its core at 0.28 and unpacks every weight in every step. This one registers a config
-and a loader, which 0.26 and the newest release both have. A layer holds one packed tensor for all its parts, q over k
-over v, so that the trainer's views are row slices; each part is quantised on the card as it is read, a few thousand rows
+and a loader, which 0.26 and the newest release have. A layer holds one packed tensor for all its parts, q over k
+over v, so that the trainer's views are row slices; a part is quantised on the card as it is read, some thousand rows
 at a time, or copied where the checkpoint is packed already (bitsandbytes' form).
 """
 
@@ -50,7 +50,6 @@ def arguments(*, linear: bool, kept: Sequence[str], head: str, embedding: str, r
     return {"quantization": METHOD, "hf_overrides": override, **loader}
 
 
-@register_quantization_config(METHOD)
 class StropNf4Config(QuantizationConfig):
     """Which layers are quantised, and how."""
 
@@ -59,13 +58,11 @@ class StropNf4Config(QuantizationConfig):
         self.linear, self.kept = linear, frozenset(kept)
         self.head, self.embedding, self.random = head, embedding, random
 
-    @classmethod
-    def get_name(cls) -> Any:
+    def get_name(self) -> Any:
         """Return the name in vLLM's registry."""
         return METHOD
 
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that activations may have."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
@@ -107,6 +104,10 @@ class StropNf4Config(QuantizationConfig):
         return any(_is_named(f"{parent}.{part}", self.kept) for part in parts)
 
 
+# Not as a decorator: vLLM's returns the base class to a type checker.
+register_quantization_config(METHOD)(StropNf4Config)
+
+
 def _is_named(path: str, names: frozenset[str]) -> bool:
     components = path.split(".")
     prefixes = {".".join(components[: i + 1]) for i in range(len(components))}
@@ -123,7 +124,7 @@ class Nf4LinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int],
         input_size: int, output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:  # fmt: skip
-        """Allocate the packed weight. Raises ValueError for a shape that NF4 blocks do not divide."""
+        """Allocate the packed weight."""
         rows = sum(output_partition_sizes)
         if (input_size, output_size) != (input_size_per_partition, rows):
             raise ValueError("NF4 weights are not cut across cards")
@@ -160,10 +161,10 @@ class Nf4LinearMethod(LinearMethodBase):
 
 
 def _rows_of(sizes: Sequence[int], shard: Any) -> tuple[int, int]:
-    """Return (first row, rows) of a shard: vLLM names q, k and v, numbers others, and gives none or a tuple for many."""
+    """Return (first row, rows) of a shard: vLLM names q, k and v, numbers others, gives none or a tuple for many."""
     if shard is None:
         return 0, sum(sizes)
-    numbers = shard if isinstance(shard, tuple) else (_QKV.get(shard, shard),)
+    numbers: Any = shard if isinstance(shard, tuple) else (_QKV.get(shard, shard),)
     return sum(sizes[: numbers[0]]), sum(sizes[i] for i in numbers)
 
 
@@ -263,7 +264,7 @@ class HostRows(UnquantizedEmbeddingMethod):
         def load(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
             host[: len(loaded)].copy_(loaded)
 
-        held.weight.weight_loader = load
+        held.weight.weight_loader = load  # type: ignore[attr-defined]
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: Any) -> Any:
         """Raise ValueError: a head in host memory would be read whole for every token."""
@@ -280,7 +281,7 @@ class Nf4Loader(DefaultModelLoader):
         super().__init__(plain)
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Any:
-        """Yield (name, tensor); a packed weight's tensor carries its `Nf4`, or is unpacked where its layer is skipped."""
+        """Yield (name, tensor); a packed weight's tensor carries its `Nf4`, or is unpacked where its layer is kept."""
         config: StropNf4Config | None = getattr(model, "quant_config", None)
         mapping: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         return _ready(super().get_all_weights(model_config, model), _kept_plain(config, mapping), model_config.dtype)

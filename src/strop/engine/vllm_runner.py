@@ -8,6 +8,10 @@ each request decodes one token depends on nothing from the host but which reques
 Written against 0.26. Can go when vLLM captures sampling with the model.
 """
 
+# The types of 0.26, which has another `BlockTables` and `capture_model` than the vLLM that a CPU has:
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

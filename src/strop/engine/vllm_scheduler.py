@@ -190,7 +190,8 @@ class _Rollout(_Base):
             if length % hashed == 0:
                 request.update_block_hashes()
             params = request.sampling_params
-            assert params is not None and params.stop_token_ids is not None
+            assert params is not None
+            assert params.stop_token_ids is not None
             if (
                 length >= limit
                 or len(request._output_token_ids) >= request.max_tokens

@@ -58,6 +58,9 @@ def _quantised_views(name: str, module: Any, parts: list[str] | None) -> dict[st
 def _row_slices(
     name: str, tensor: torch.Tensor, module: Any, parts: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    if len(parts) == 1:  # fused in transformers' model as well
+        yield parts[0], tensor
+        return
     sizes = [int(size) for size in module.output_sizes]
     if len(sizes) != len(parts) or sum(sizes) != tensor.shape[0]:
         raise EngineError(

@@ -71,31 +71,33 @@ def _candidates(
     for settings, hint in _other_training(config, tied, on_card):
         other = changed(config, **settings)
         if length := _longest(other, fits):
-            yield changed(other, rollout__max_completion_length=length), f"{hint}, and rollout.max_completion_length: {length}"
+            yield (
+                changed(other, rollout__max_completion_length=length),
+                f"{hint}, and rollout.max_completion_length: {length}",
+            )
 
 
 def _other_training(config: Config, tied: bool, on_card: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield kinds of training that need less, the mildest first; each adds to the ones before it."""
-    settings: dict[str, Any] = {}
-    hints: list[str] = []
-
-    def with_(hint: str, **more: Any) -> tuple[dict[str, Any], str]:
-        settings.update(more)
-        hints.append(hint)
-        return dict(settings), ", and ".join(hints)
-
+    """Yield kinds of training that need less: each change by itself, the mildest first, then several together."""
+    changes: list[tuple[dict[str, Any], str]] = []
     if on_card and config.optim.name == "adamw":
-        yield with_("optim.name: adamw_8bit", optim__name="adamw_8bit")
+        changes.append(({"optim__name": "adamw_8bit"}, "optim.name: adamw_8bit"))
     if not config.lora.r:
-        yield with_("lora.r: 16 trains adapters instead of all weights", lora__r=16)
-    if not on_card:
-        return
-    if config.model.quantization == "none":
-        yield with_("model.quantization: nf4 holds the linear layers in 4 bits", model__quantization="nf4")
-    if not tied and config.model.embedding != "host":
-        yield with_("model.embedding: host", model__embedding="host")
-    if config.model.head != "int8":
-        yield with_("model.head: int8", model__head="int8")
+        changes.append(({"lora__r": 16}, "lora.r: 16 trains adapters instead of all weights"))
+    if on_card and config.model.quantization == "none" and config.lora.r:
+        changes.append(({"model__quantization": "nf4"}, "model.quantization: nf4 holds the linear layers in 4 bits"))
+    if on_card and not tied and config.model.embedding != "host":
+        changes.append(({"model__embedding": "host"}, "model.embedding: host"))
+    if on_card and config.model.head != "int8":
+        changes.append(({"model__head": "int8"}, "model.head: int8"))
+    if on_card and config.model.quantization == "none" and not config.lora.r:
+        changes.append(({"model__quantization": "nf4"}, "model.quantization: nf4 holds the linear layers in 4 bits"))
+    yield from (c for c in changes if config.lora.r or "model__quantization" not in c[0])
+    together: dict[str, Any] = {}
+    for count, (settings, _) in enumerate(changes, start=1):
+        together |= settings
+        if count > 1:
+            yield dict(together), ", and ".join(hint for _, hint in changes[:count])
 
 
 def _longest(config: Config, fits: Callable[[Config], bool]) -> int:

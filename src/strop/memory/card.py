@@ -81,9 +81,10 @@ class CardNeeds:
 
     @property
     def weights(self) -> int:
-        """The one copy of the base."""
+        """The base: once, or twice where the trainer is told to load a copy of its own."""
         model = self.config.model
-        return self.shape.weight_bytes(self.dtype, model.quantization, model.head, model.embedding)
+        once = self.shape.weight_bytes(self.dtype, model.quantization, model.head, model.embedding)
+        return once * (2 if model.share_weights == "copy" else 1)
 
     @property
     def trained(self) -> int:
@@ -127,7 +128,9 @@ class CardNeeds:
 
     def training(self, tokens: int, checkpointed: int, rows: int) -> int:
         """Peak of forward and backward over a micro-batch."""
-        return int(FRAGMENTATION * tokens * self.bytes_per_token(checkpointed)) + self.logits(rows) + self.unpacked(rows)
+        return (
+            int(FRAGMENTATION * tokens * self.bytes_per_token(checkpointed)) + self.logits(rows) + self.unpacked(rows)
+        )
 
     def unpacked(self, rows: int) -> int:
         """Weights in few bits that training unpacks: the largest linear at a time, the head in pieces of 8192 rows."""
@@ -166,10 +169,12 @@ def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNum
     if training is None or training.checkpoint_layers or training.micro_batch_tokens < _wanted(needs):
         alone = _training(needs, room)
         if alone is None:
-            rows = LOGIT_ROW_STEP
-            short = needs.training(needs.max_len, needs.shape.num_layers, rows) - room
+            tokens = needs.config.optim.micro_batch_tokens or needs.max_len
+            layers = needs.config.optim.checkpoint_layers
+            layers = needs.shape.num_layers if layers is None else min(layers, needs.shape.num_layers)
+            short = needs.training(tokens, layers, LOGIT_ROW_STEP) - room
             raise PlanError(
-                f"training on one sequence of {needs.max_len} tokens needs {short / GIB:.1f} GiB more than there is "
+                f"training on {tokens} tokens at a time needs {max(short, 0) / GIB:.1f} GiB more than there is "
                 f"({budget / GIB:.1f} GiB, of which {fixed / GIB:.1f} are weights, optimizer, CUDA and the engine)"
             )
         release = training is None or alone != training
@@ -257,7 +262,8 @@ def _kept(needs: CardNeeds, room: int, kept: Mapping[str, Any]) -> CardNumbers |
     numbers = CardNumbers(
         **values,
         fixed_bytes=needs.fixed,
-        rollout_bytes=kept["kv_cache_bytes"] + needs.rollout_workspace(kept["max_num_seqs"], kept["max_num_batched_tokens"]),
+        rollout_bytes=kept["kv_cache_bytes"]
+        + needs.rollout_workspace(kept["max_num_seqs"], kept["max_num_batched_tokens"]),
         training_bytes=needs.training(kept["micro_batch_tokens"], kept["checkpoint_layers"], kept["logit_rows"]),
     )  # fmt: skip
     fits = numbers.peak_bytes <= needs.fixed + room and kept["micro_batch_tokens"] >= needs.max_len

@@ -122,8 +122,8 @@ class _Planning:
         max_len = self.add("max_model_len", *_max_model_len(config, shape))
         if (config.optim.micro_batch_tokens or max_len) < max_len:
             raise PlanError(
-                f"optim.micro_batch_tokens is {config.optim.micro_batch_tokens}, the longest prompt and completion have "
-                f"{max_len} tokens",
+                f"optim.micro_batch_tokens is {config.optim.micro_batch_tokens}, the longest prompt and completion "
+                f"have {max_len} tokens",
                 hint=f"optim.micro_batch_tokens: at least {max_len}, or null to have it planned",
             )
         budget = _memory_budget(config, machine)
@@ -136,7 +136,9 @@ class _Planning:
         if config.objective.beta > 0:
             self.add("reference", *_reference(config, shape, dtype))
         sharing = "once per group" if config.optim.share_prompt else "repeated"
-        self.add("prompt", sharing, "optim.share_prompt: the layers pass keys and values, so a group's prompt runs once")
+        self.add(
+            "prompt", sharing, "optim.share_prompt: the layers pass keys and values, so a group's prompt runs once"
+        )
         return Plan(**common, **rest, items=tuple(self.items))
 
     def _cpu(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
@@ -177,8 +179,10 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
     trained = f"rank {config.lora.r} adapters" if config.lora.r else "all weights"
     moments = " in 8 bits" if config.optim.name == "adamw_8bit" else ""
     yield "trained_gib", gib(needs.trained), f"{trained}: masters, gradients, AdamW's moments{moments}"
-    yield "overhead_gib", gib(n.fixed_bytes - needs.weights - needs.trained - needs.reference), (
-        "CUDA's context and kernels, the engine's graphs and buffers"
+    yield (
+        "overhead_gib",
+        gib(n.fixed_bytes - needs.weights - needs.trained - needs.reference),
+        ("CUDA's context and kernels, the engine's graphs and buffers"),
     )
     waves = -(-needs.completions // n.max_num_seqs)
     reason = "all completions of a step at once" if waves == 1 else (
@@ -186,13 +190,19 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
         + ("rollout.max_num_seqs" if config.rollout.max_num_seqs else "the KV cache of more does not fit")
     )  # fmt: skip
     yield "max_num_seqs", n.max_num_seqs, KEPT if kept else reason
-    yield "kv_cache_gib", gib(n.kv_cache_bytes), (
-        f"{n.max_num_seqs} completions of {config.rollout.max_completion_length} tokens, a group's prompt held once"
+    yield (
+        "kv_cache_gib",
+        gib(n.kv_cache_bytes),
+        (f"{n.max_num_seqs} completions of {config.rollout.max_completion_length} tokens, a group's prompt held once"),
     )
-    yield "kv_cache", "released" if n.release_kv else "stays mapped", (
-        "given back for training and mapped again: beside it training would need smaller batches or checkpointing"
-        if n.release_kv
-        else "it fits beside training"
+    yield (
+        "kv_cache",
+        "released" if n.release_kv else "stays mapped",
+        (
+            "given back for training and mapped again: beside it training would need smaller batches or checkpointing"
+            if n.release_kv
+            else "it fits beside training"
+        ),
     )
     yield "max_num_batched_tokens", n.max_num_batched_tokens, "tokens of one engine step; longer prompts go in pieces"
     yield "micro_batch_tokens", n.micro_batch_tokens, _micro_reason(needs, n, kept)
@@ -200,20 +210,25 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
     yield "logit_rows", n.logit_rows, f"a chunk of {needs.logits(n.logit_rows) / 2**20:.0f} MiB of logits"
     yield "rollout_peak_gib", gib(n.fixed_bytes + n.rollout_bytes), "with the KV cache, a prefill step and its logits"
     held = 0 if n.release_kv else n.kv_cache_bytes
-    yield "training_peak_gib", gib(n.fixed_bytes + n.training_bytes + held), (
-        "activations of a micro-batch, one layer's gradients, a chunk of logits"
-        + ("" if n.release_kv else ", beside the KV cache")
+    yield (
+        "training_peak_gib",
+        gib(n.fixed_bytes + n.training_bytes + held),
+        (
+            "activations of a micro-batch, one layer's gradients, a chunk of logits"
+            + ("" if n.release_kv else ", beside the KV cache")
+        ),
     )
 
 
 def _weights_reason(needs: CardNeeds) -> str:
     model, shape = needs.config.model, needs.shape
+    times = "twice (model.share_weights)" if model.share_weights == "copy" else "once"
     linears = "linears in 4 bits" if model.quantization == "nf4" else f"linears in {needs.dtype}"
     head = "in 8 bits" if model.head == "int8" else f"in {needs.dtype}"
     if shape.tied_embeddings:
-        return f"the base once: {linears}, embedding and head are one, {head}"
+        return f"the base {times}: {linears}, embedding and head are one, {head}"
     where = {"card": f"in {needs.dtype}", "int8": "in 8 bits", "host": "in host memory"}[model.embedding]
-    return f"the base once: {linears}, head {head}, embedding {where}"
+    return f"the base {times}: {linears}, head {head}, embedding {where}"
 
 
 def _micro_reason(needs: CardNeeds, numbers: CardNumbers, kept: bool) -> str:
@@ -282,13 +297,13 @@ def _memory_budget(config: Config, machine: Machine) -> int:
         others = "; ".join(map(str, machine.processes[:3])) or "no other process is visible from here"
         raise PlanError(
             f"run.vram_gib is {config.run.vram_gib:g}, {free:.1f} GiB are free on the card ({others})",
-            hint=f"run.vram_gib: at most {int(free * 10) / 10:g}, or null for all of it; or end what else uses the card",
+            hint=f"run.vram_gib: at most {int(free * 10) / 10:g}, or null for that; or end what else uses the card",
         )
     return wanted
 
 
 def _fixed_bytes(config: Config, shape: ModelShape, dtype: str) -> int:
-    weights = shape.num_parameters * BYTES[dtype]
+    weights = shape.num_parameters * BYTES[dtype] * (2 if config.model.share_weights == "copy" else 1)
     if config.lora.r:
         training = shape.lora_parameters(config.lora.r) * (4 + 4 + 8)  # master, gradient, two moments
     else:
@@ -344,7 +359,9 @@ def _micro_batch(
         return kept["micro_batch_tokens"], KEPT
     if fits < MAX_CPU_MICRO_BATCH_TOKENS:
         return fits, f"activations of {per_token / 1024:.0f} KiB per token in what is left"
-    return max(MAX_CPU_MICRO_BATCH_TOKENS, max_len), "large enough to keep the cores busy, small enough for their caches"
+    return max(
+        MAX_CPU_MICRO_BATCH_TOKENS, max_len
+    ), "large enough to keep the cores busy, small enough for their caches"
 
 
 def _reference(config: Config, shape: ModelShape, dtype: str) -> tuple[str, str]:

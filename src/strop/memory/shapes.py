@@ -7,7 +7,7 @@ from typing import Any
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FUSED_MODELS = frozenset({"llama", "qwen2", "qwen3", "mistral"})
+FUSED_MODELS = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma3_text"})
 """Model types that the policy trains as fused blocks on a card (policy/fused.py)."""
 
 
@@ -27,7 +27,7 @@ class ModelShape:
     fused: bool = True
     """Whether the policy runs its layers as fused blocks on a card."""
     head_norms: bool = False
-    """Whether q and k are normalised per head, as in Qwen3."""
+    """Whether q and k are normalised per head, as in Qwen3 and Gemma 3."""
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -44,7 +44,7 @@ class ModelShape:
             tied_embeddings=bool(config.tie_word_embeddings),
             max_positions=config.max_position_embeddings,
             fused=config.model_type in FUSED_MODELS,
-            head_norms=config.model_type == "qwen3",
+            head_norms=config.model_type in ("qwen3", "gemma3_text"),
         )
 
     @property
@@ -70,9 +70,7 @@ class ModelShape:
         pairs += [(self.hidden_size, self.intermediate_size)] * 2 + [(self.intermediate_size, self.hidden_size)]
         return self.num_layers * rank * sum(i + o for i, o in pairs)
 
-    def weight_bytes(
-        self, dtype: str, quantization: str = "none", head: str = "16bit", embedding: str = "card"
-    ) -> int:
+    def weight_bytes(self, dtype: str, quantization: str = "none", head: str = "16bit", embedding: str = "card") -> int:
         """All weights as they lie on the device, by the settings of section `model`.
 
         NF4 (quant/nf4.py) takes 4 bits and an fp16 scale per block of 64 inputs, rows padded to 128 inputs. A matrix of

@@ -42,6 +42,7 @@ class Linears:
         self._stacked = self._find_stacked()
         self._bias = _cat_or_none([getattr(base, "bias", None) for base in self.bases])
         self._ranks = [a.lora_A.shape[0] if a else 0 for a in self.adapters]
+        self._blocks = self._find_blocks()
         self._a: torch.Tensor | None = None
         self._b: torch.Tensor | None = None
 
@@ -78,9 +79,9 @@ class Linears:
             self._a = like.new_zeros(sum(self._ranks), like.shape[1], dtype=dtype)
             self._b = like.new_zeros(sum(self.sizes), sum(self._ranks), dtype=dtype)
         a, b = self._a, self._b
-        return [(adapter, a[cols], b[rows, cols]) for adapter, rows, cols in self._blocks()]
+        return [(adapter, a[cols], b[rows, cols]) for adapter, rows, cols in self._blocks]
 
-    def _blocks(self) -> list[tuple[LoraLinear, slice, slice]]:
+    def _find_blocks(self) -> list[tuple[LoraLinear, slice, slice]]:
         """Return each adapter with its rows of y and its columns of x A^T."""
         found, row, col = [], 0, 0
         for adapter, size, rank in zip(self.adapters, self.sizes, self._ranks, strict=True):
@@ -144,7 +145,7 @@ class Linears:
         if low is not None and grad_low is not None:
             grad_a = _product_fp32(grad_low.t(), x)
             # B's factor is its master times the scale.
-            grad_b = _product_fp32(grad.t(), low).mul_(self._blocks()[0][0].scale)
+            grad_b = _product_fp32(grad.t(), low).mul_(self._blocks[0][0].scale)
         grads: Grads = []
         row = col = 0
         for adapter, base, size, rank in zip(self.adapters, self.bases, self.sizes, self._ranks, strict=True):
@@ -215,15 +216,18 @@ def _cat_or_none(biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat([b.detach() for b in present])
 
 
-def refresh(groups: Sequence[Linears], dtype: torch.dtype) -> None:
-    """Round all adapters' masters into the factors of the products, in a few kernels; the values are `LoraLinear`'s.
+class Factors:
+    """Rounds the masters of all adapters into the factors of the products, to the values that `LoraLinear` uses."""
 
-    To be called at the start of each pass: whatever changed a master, a step, a checkpoint or a reference, shows.
-    """
-    places = [place for linears in groups for place in linears.factors(dtype)]
-    if not places:
-        return
-    with torch.no_grad():
-        torch._foreach_copy_([a for _, a, _ in places], [adapter.lora_A for adapter, _, _ in places])
-        scaled = torch._foreach_mul([adapter.lora_B for adapter, _, _ in places], places[0][0].scale)
-        torch._foreach_copy_([b for _, _, b in places], list(scaled))
+    def __init__(self, groups: Sequence[Linears], dtype: torch.dtype) -> None:
+        places = [place for linears in groups for place in linears.factors(dtype)]
+        self._scale = places[0][0].scale if places else 1.0
+        self._masters = [adapter.lora_A for adapter, _, _ in places], [adapter.lora_B for adapter, _, _ in places]
+        self._rounded = [a for _, a, _ in places], [b for _, _, b in places]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """To be called at the start of each pass: whatever changed a master, a step or a reference, then shows."""
+        if self._masters[0]:
+            torch._foreach_copy_(self._rounded[0], self._masters[0])
+            torch._foreach_copy_(self._rounded[1], list(torch._foreach_mul(self._masters[1], self._scale)))

@@ -169,7 +169,7 @@ def _kept_modules(path: str, config: Any, quantization: str) -> tuple[str, ...] 
         raise ModelError(
             f"model `{path}` is stored quantised ({kind}), 16 or 32 bit weights are needed"
             + ("" if fits else "; of packed ones, bitsandbytes' NF4 under model.quantization nf4"),
-            hint="model.quantization: nf4 trains it as it is" if fits else "model.path: give the unquantised checkpoint",
+            hint="model.quantization: nf4 trains it as it is" if fits else "model.path: give the 16-bit checkpoint",
         )
     if given.get("bnb_4bit_quant_storage", "uint8") != "uint8":
         raise ModelError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..config import ModelConfig
+from ..config import EmbeddingPlace, HeadFormat, ModelConfig
 from ..errors import ModelError
 from ..quant import int8, products
 from ..quant.int8 import Int8
@@ -119,7 +119,7 @@ class HeadRows:
         return int8.input_gradient(grad_KV, self.rows, out)
 
 
-def held_as(source: ModelSource, settings: ModelConfig) -> tuple[str, str]:
+def held_as(source: ModelSource, settings: ModelConfig) -> tuple[HeadFormat, EmbeddingPlace]:
     """Return how (output head, input embedding) are held: of a tied model they are one tensor.
 
     Raises ModelError for a combination that a tied model cannot have.
@@ -156,19 +156,15 @@ def load_model(source: ModelSource, settings: ModelConfig, dtype: torch.dtype, d
     head = model.get_output_embeddings()
     for name, plain in list(model.named_modules()):
         if isinstance(plain, torch.nn.Linear) and plain is not head:
-            try:
-                weight = quantize(plain.weight.detach().to(device))
-            except ValueError as e:
-                raise ModelError(f"`{name}` has {e}", hint="model.quantization: none trains this model") from e
-            _replace(model, name, Nf4Linear(weight, plain.bias, dtype))
+            _replace(model, name, Nf4Linear(quantize(plain.weight.detach().to(device)), plain.bias, dtype))
     return model.to(device)  # type: ignore[no-any-return]
 
 
 def adopt(model: torch.nn.Module, views: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Put layers on the engine's quantised tensors into a model that was built on meta.
 
-    `views` has `NAME.packed` and `NAME.absmax` for NF4, `NAME.values` and `NAME.scale` for 8 bits. Raises ModelError for
-    a layer that is of another kind or shape in the model.
+    `views` has `NAME.packed` and `NAME.absmax` for NF4, `NAME.values` and `NAME.scale` for 8 bits. Raises ModelError
+    for a layer that is of another kind or shape in the model.
     """
     tied = _tied_head(model)
     done: set[str] = set()

@@ -1,7 +1,10 @@
 """A Triton kernel for products with rows of 8 bits.
 
-    y[M, N] = (x[M, K] @ q[N, K]^T) * scale[N]      fp32 accumulation, scaled once at the end
+y[M, N] = (x[M, K] @ q[N, K]^T) * scale[N]      fp32 accumulation, scaled once at the end
 """
+
+# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

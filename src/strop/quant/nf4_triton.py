@@ -11,6 +11,9 @@ Codes become 16-bit numbers four at a time: `prmt` picks bytes from a table of e
 table for either value of the fourth bit and either byte of the number, and a mask made of the fourth bits chooses.
 """
 
+# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import functools
@@ -20,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .nf4 import BLOCK, GROUP, CODES, Nf4
+from .nf4 import BLOCK, CODES, GROUP, Nf4
 
 
 def _lookup(half: str, signs: str, tag: str, tables: dict[str, str]) -> str:
@@ -79,7 +82,7 @@ _REGISTERS: tl.constexpr = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r")
 
 
 @triton.jit
-def _decode(packed, pair, table_ptr, dtype: tl.constexpr, ASM: tl.constexpr):  # noqa: ANN001, ANN202
+def _decode(packed, pair, table_ptr, dtype: tl.constexpr, ASM: tl.constexpr):
     """Return both 16-bit tiles of a packed one; `pair` holds both scales of a row's group in one int32."""
     scale_a = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)[:, None]
     scale_b = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)[:, None]
@@ -241,11 +244,10 @@ def choose(m: int, n: int, groups: int, processors: int, shared_memory: int) -> 
     return {"BM": bm, "BN": bn, "splits": splits, "warps": 4, "stages": 3, "asm": True}
 
 
-def dequantize(weight: Nf4, dtype: torch.dtype, *, out: torch.Tensor | None = None, asm: bool = True) -> torch.Tensor:
+def dequantize(weight: Nf4, dtype: torch.dtype, *, asm: bool = True) -> torch.Tensor:
     """Return the weight [N, K] in bf16 or fp16; the values that `matmul` multiplies with."""
     n, groups = weight.out_features, weight.packed.shape[1] // BLOCK
-    if out is None:
-        out = torch.empty(n, weight.in_features, dtype=dtype, device=weight.packed.device)
+    out = torch.empty(n, weight.in_features, dtype=dtype, device=weight.packed.device)
     rows, per = 32, 4
     grid = (triton.cdiv(n, rows), triton.cdiv(groups, per))
     _dequantize_kernel[grid](

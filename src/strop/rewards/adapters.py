@@ -27,9 +27,6 @@ from .call import Keywords, RunFacts
 from .contract import Declaration, declaration_of, declare
 from .options import check_options, construct
 
-PREFIXES = ("verl", "openrlhf", "swift", "verifiers")
-"""Before an entry of `rewards.funcs`: `verl:path.py:compute_score`."""
-
 _GROUP_NAMES = frozenset({"prompts", "completions", "answers", "states", "tasks", "infos"})
 _VERIFIERS_NAMES = frozenset({"prompt", "completion", "answer", "state", "task", "info", "parser"})
 

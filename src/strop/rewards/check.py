@@ -14,13 +14,16 @@ from typing import Literal
 from ..errors import RewardError
 from ..types import ScoredRollout
 from .answers import opens_thinking
-from .audit.bench import TOLERANCE, Attempt, Bench, Row, Setting, open_pool
+from .audit.bench import TOLERANCE, Bench, open_pool
 from .audit.full import BASIC, spellings
+from .audit.records import Attempt, Row, Setting
 from .audit.reference import THOUGHT
 from .audit.report import shorten
 
-GARBAGE = ("?", "I do not know.", "the the the the the", "{[(<\u20ac\u0661", "<think>\nwe look at what is given")
+GARBAGE = ("?", "I do not know.", "the the the the the", "{[(<\u20ac", "<think>\nwe look at what is given")
 NUM_VARIANT_ROWS = 2
+CHUNK, MAX_TIMEOUTS = 2, 3
+"""Rows that are tried at a time, and calls past the limit after which no further ones are."""
 OFF = "rewards.check: false starts without this check"
 
 Severity = Literal["FAIL", "WARN", "NOTE"]
@@ -115,21 +118,25 @@ class _Check:
     def run(self) -> None:
         """Look at nothing and garbage first, then at right answers."""
         problems = self.bench.setting.problems
-        empties = [Attempt(problem, "") for problem in problems]
-        rubbish = [Attempt(problem, text) for problem in problems[:NUM_VARIANT_ROWS] for text in GARBAGE]
-        nothing = [*empties, *rubbish]
-        scored = self.score(nothing)
-        self._unscored(scored)
-        good = [p for p, one in zip(problems, scored, strict=False) if one.reward is not None]
+        empties: list[ScoredRollout] = []
+        for start in range(0, len(problems), CHUNK):
+            empties += self.score([Attempt(problem, "") for problem in problems[start : start + CHUNK]])
+            if sum("past the limit" in reason for one in empties for reason in one.failures.values()) >= MAX_TIMEOUTS:
+                break  # the rest would only take time
+        self._unscored(empties)
+        good = [problem for problem, one in zip(problems, empties, strict=False) if one.reward is not None]
         if not good:
             return
+        nothing = [Attempt(problem, "") for problem in good]
+        nothing += [Attempt(problem, text) for problem in good[:NUM_VARIANT_ROWS] for text in GARBAGE]
+        self._unscored(self.score(nothing)[len(good) :])
         self.bench.restrict_to(good)
         self.bench.find_references()
         rows = self.bench.rows
         self.seen += [self.bench.right_of(row) for row in rows] + [self.bench.wrong_of(row) for row in rows]
         if rows:
             self._gold(rows)
-            self._nothing_pays([a for a in nothing if a.problem in good])
+            self._nothing_pays(nothing)
             self._variants()
             self._prefilled()
         else:
@@ -164,8 +171,8 @@ class _Check:
             gold = shorten(row.gold.text, 60)
             what = f"the reference answer {gold}" if judges else "a completion in the asked form"
             said = (
-                f"`{name}` gives {what} {value:g} on {len(low)} of {len(values)} rows; its maximum, {declared.high:g}, is "
-                "needed"
+                f"`{name}` gives {what} {value:g} on {len(low)} of {len(values)} rows; its maximum, {declared.high:g}, "
+                "is needed"
             )
             if judges:
                 said += f"; tried: {', '.join(bench.tried) or 'the known-good completion'}"
@@ -181,14 +188,12 @@ class _Check:
     def _nothing_pays(self, attempts: Sequence[Attempt]) -> None:
         """Neither an empty completion nor garbage may earn what a right one earns, or count as right."""
         bench, judged = self.bench, bool(self.bench.names_of("correctness"))
-        by_id = {row.problem.id: row for row in bench.rows}
+        sound = {row.problem.id: row for row in bench.sound_rows}
         for attempt, one in zip(attempts, bench.score(attempts), strict=True):
-            row = by_id.get(attempt.problem.id)
-            merit = bench.merit(one)
-            if row is None or merit is None:
-                continue
-            right = bench.merit(bench.right_of(row))
-            if one.correct is True or (right is not None and merit >= right - TOLERANCE and bench.sound_rows):
+            row, merit = sound.get(attempt.problem.id), bench.merit(one)
+            right = None if row is None else bench.merit(bench.right_of(row))
+            as_much = merit is not None and right is not None and merit >= right - TOLERANCE
+            if one.reward is not None and (one.correct is True or as_much):
                 what = "an empty completion" if not attempt.text else "garbage"
                 self.add(
                     "FAIL" if judged and one.correct is True else "WARN",
@@ -239,8 +244,8 @@ class _Check:
             declared = any(bench.declarations[n].kind in ("correctness", "format") for n in better)
             self.add(
                 "FAIL" if declared else "WARN",
-                f"the chat template already writes {shorten(row.problem.prefill)}, and {', '.join(better)} still asks for "
-                "<think> in the completion; a completion that goes on from there needs the same mark",
+                f"the chat template already writes {shorten(row.problem.prefill)}, and {', '.join(better)} still asks "
+                "for <think> in the completion; a completion that goes on from there needs the same mark",
                 "read the keyword `prefill` in the function (docs/rewards.md), or use `think_format`",
                 row.problem.id, row.right,
             )  # fmt: skip
@@ -251,7 +256,9 @@ class _Check:
         rewards = [one.reward for one in self.seen if one.reward is not None]
         if not rewards or max(rewards) - min(rewards) > TOLERANCE:
             if rewards:
-                self.passed.append(f"rewards differ: {min(rewards):g} to {max(rewards):g} on {len(rewards)} completions")
+                self.passed.append(
+                    f"rewards differ: {min(rewards):g} to {max(rewards):g} on {len(rewards)} completions"
+                )
             return
         if any(c.severity == "FAIL" for c in self.complaints):
             return

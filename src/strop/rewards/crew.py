@@ -32,8 +32,8 @@ class Owner(Protocol):
     def take(self, job: Job, report: Report) -> None:
         """A function answered for a job, the first that remains."""
 
-    def blame(self, job: Job, reason: str) -> None:
-        """The first function that remains gives no answer for this job, for a reason outside of it."""
+    def blame(self, job: Job, function: int, reason: str) -> None:
+        """A function that remains gives no answer for this job, for a reason outside of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +143,18 @@ class Crew:
         for worker in lost:
             worker.close()
             jobs = [job for job in worker.jobs if job.remaining and not job.dropped]
-            if jobs and jobs[0] is worker.jobs[0] and worker.running_since is not None:
-                self._suspect(jobs[0])
+            if worker.call is not None and worker.call[0] in jobs:
+                self._suspect(*worker.call)
             unfinished += [job for job in jobs if job.remaining]
         self.pending.extendleft(reversed(unfinished))
         self._count_barren_death(how)
         self.start(self._output)
 
-    def _suspect(self, job: Job) -> None:
+    def _suspect(self, job: Job, function: int) -> None:
         job.suspicion += 1
         self._suspects.add(job.number)
         if job.suspicion >= MAX_SUSPICION:
-            self._owner.blame(job, "the process that starts the reward workers died while it ran")
+            self._owner.blame(job, function, "the process that starts the reward workers died while it ran")
 
     def _hand_out(self) -> None:
         while self.pending:
@@ -188,7 +188,7 @@ class Crew:
             worker.jobs.popleft()
 
     def _limit(self, worker: WorkerProcess) -> float | None:
-        start = worker.running_since
+        start = worker.waited_for_since
         if start is None:
             return None
         return start + (self._limits.timeout_s if worker.ready else LOAD_LIMIT_S)
@@ -197,7 +197,7 @@ class Crew:
         now = time.monotonic()
         loading = self._launcher is not None and self._launcher.ready is None
         starts = [self._launcher.started] if self._launcher is not None and loading else []
-        starts += [w.running_since or now for w in self.workers if not w.ready]
+        starts += [w.waited_for_since or now for w in self.workers if not w.ready]
         if any(now >= start + LOAD_LIMIT_S for start in starts):
             raise RewardError(
                 f"the reward functions have not been imported within {LOAD_LIMIT_S:g} s",
@@ -206,7 +206,8 @@ class Crew:
         for worker in list(self.workers):
             limit = self._limit(worker)
             if limit is not None and now >= limit and worker in self.workers:
-                self._replace(worker, f"ran past the limit of {self._limits.timeout_s:g} s (rewards.timeout_s)")
+                call = worker.call or (worker.jobs[0], worker.jobs[0].remaining[0])
+                self._replace(worker, call, f"ran past the limit of {self._limits.timeout_s:g} s (rewards.timeout_s)")
 
     def _replace_dead(self, worker: WorkerProcess) -> None:
         try:
@@ -214,17 +215,15 @@ class Crew:
         except LauncherGoneError as e:
             self._restart(str(e))
             return
-        if worker.ready and worker.running_since is not None:
-            self._replace(worker, why or f"the worker process died ({how})")
-        else:
+        if worker.call is None:
             self._count_barren_death(how)
-            self._replace(worker, "")
+        self._replace(worker, worker.call, why or f"the worker process died ({how})")
 
-    def _replace(self, worker: WorkerProcess, reason: str) -> None:
-        """End a worker, blame what it was running (unless `reason` is empty), hand the rest to others."""
+    def _replace(self, worker: WorkerProcess, call: tuple[Job, int] | None, reason: str) -> None:
+        """End a worker, blame the call for it, if there was one, and hand the rest to others."""
         self.workers.remove(worker)
-        if reason:
-            self._owner.blame(worker.jobs[0], reason)
+        if call is not None:
+            self._owner.blame(*call, reason)
         unfinished = [job for job in worker.jobs if job.remaining and not job.dropped]
         self.pending.extendleft(reversed(unfinished))
         try:

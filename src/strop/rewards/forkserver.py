@@ -46,8 +46,9 @@ from .limits import (
     num_threads,
 )
 from .load import Loaded
+from .progress import Progress
 from .wire import Setup, encode_message, read_frame
-from .worker import load_all, plain_streams, serve
+from .worker import Channel, load_all, plain_streams, serve
 
 LOOK_S = 0.05
 """Time between two counts of a worker's processes."""
@@ -192,7 +193,7 @@ class Server:
 
     def _answer(self) -> bool:
         """Do what the pool asks for. Returns False when it is gone."""
-        data, fds, _, _ = socket.recv_fds(self._control, READ_BYTES, 2)
+        data, fds, _, _ = socket.recv_fds(self._control, READ_BYTES, 3)
         if not data:
             return False
         request = json.loads(data[4:])
@@ -210,13 +211,13 @@ class Server:
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
-    def _start(self, number: int, inbox: int, outbox: int) -> int:
+    def _start(self, number: int, inbox: int, outbox: int, page: int) -> int:
         output, theirs = os.pipe()
         try:
             if self._functions is None:
-                pid = _spawn(inbox, outbox, theirs)
+                pid = _spawn((inbox, outbox, page), theirs)
             else:
-                pid = self._fork(self._functions, inbox, outbox, output, theirs)
+                pid = self._fork(self._functions, (inbox, outbox, page), output, theirs)
         except OSError:
             os.close(output)
             raise
@@ -226,7 +227,7 @@ class Server:
         self._children[number] = Child(number, pid, output)
         return pid
 
-    def _fork(self, functions: Sequence[BoundFunction], inbox: int, outbox: int, output: int, theirs: int) -> int:
+    def _fork(self, functions: Sequence[BoundFunction], ends: tuple[int, int, int], output: int, theirs: int) -> int:
         server = os.getpid()
         pid = os.fork()
         if pid:
@@ -244,7 +245,8 @@ class Server:
             for fd in (theirs, output, *(c.output for c in (*self._children.values(), *self._ended) if c.output >= 0)):
                 os.close(fd)
             self._control.close()
-            serve(os.fdopen(inbox, "rb", buffering=1 << 16), outbox, functions, self._memory_bytes)
+            inbox, outbox, page = ends
+            serve(Channel(inbox, outbox), Progress(page), functions, self._memory_bytes)
             code = 0
         except BaseException:  # nothing of the server may run on in its fork
             traceback.print_exc()
@@ -348,14 +350,14 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit
 
 
-def _spawn(inbox: int, outbox: int, theirs: int) -> int:
+def _spawn(ends: tuple[int, int, int], theirs: int) -> int:
     """Start a worker as a fresh interpreter. It is waited for by its number."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "strop.rewards.worker", str(inbox), str(outbox)],
+        [sys.executable, "-P", "-m", "strop.rewards.worker", *map(str, ends)],
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,
-        pass_fds=(inbox, outbox),
+        pass_fds=ends,
         start_new_session=True,
     )
     process.returncode = 0  # so that the object does not wait for it as well
@@ -370,6 +372,8 @@ def _kill(child: Child) -> None:
 
 
 def _has_ended(pid: int) -> bool:
+    if not hasattr(os, "waitid"):  # then its closed pipes tell the pool
+        return False
     with contextlib.suppress(ChildProcessError):
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     return True

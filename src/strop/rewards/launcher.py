@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .limits import how_it_ended
+from .progress import Progress, make_page
 from .wire import MessageReader, Setup, WireError, encode_message, frame
 
 ANSWER_LIMIT_S = 15.0
@@ -77,8 +78,8 @@ class Launcher:
             self._receive(0.0)
         return self._messages.popleft() if self._messages else None
 
-    def start_worker(self) -> tuple[int, int, int, int]:
-        """Have a worker started; return its number, its pid, and our ends of its pipes (to write, to read).
+    def start_worker(self) -> tuple[int, int, int, int, Progress]:
+        """Have a worker started; return its number, its pid, our ends of its pipes (to write, to read), its progress.
 
         Raises LauncherGoneError.
         """
@@ -86,20 +87,24 @@ class Launcher:
         their_inbox, inbox = os.pipe()
         _widen(inbox)
         outbox, their_outbox = os.pipe()
+        page = make_page()
+        progress = Progress(os.dup(page))
         try:
-            reply = self._ask({"start": number}, their_inbox, their_outbox)
+            reply = self._ask({"start": number}, their_inbox, their_outbox, page)
             if "pid" not in reply:
                 raise LauncherGoneError(f"no process could be started: {reply.get('failed')}")
         except BaseException:
             os.close(inbox)
             os.close(outbox)
+            progress.close()
             raise
         finally:
+            os.close(page)
             os.close(their_inbox)
             os.close(their_outbox)
         os.set_blocking(inbox, False)
         os.set_blocking(outbox, False)
-        return number, reply["pid"], inbox, outbox
+        return number, reply["pid"], inbox, outbox, progress
 
     def end_worker(self, number: int) -> tuple[str, str]:
         """Have a worker killed with all that it started; return how it ended and why the server had killed it, if so.

@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ..errors import RewardError
-from .adapters import PREFIXES, adapt, stand_in_for_swift
+from ..types import REWARD_FORMS
+from .adapters import adapt, stand_in_for_swift
 from .call import BoundFunction, Keywords, RunFacts
 from .contract import Declaration, declaration_of
 from .library import LIBRARY, PRELOADS
@@ -44,7 +45,7 @@ class FunctionSpec:
     """Built-in name, dotted module, or absolute path."""
     attribute: str = ""
     form: str = "trl"
-    """Whose convention it is called by: `trl`, or one of `adapters.PREFIXES`."""
+    """Whose convention it is called by: `trl`, or one of REWARD_FORMS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _read_entry(entry: str) -> FunctionSpec:
     if entry in LIBRARY:
         return FunctionSpec(name=entry, entry=entry, kind="builtin", target=entry)
     form, _, rest = entry.partition(":")
-    if form in PREFIXES and ":" in rest:
+    if form in REWARD_FORMS and ":" in rest:
         return replace(_read_place(entry, rest), form=form)
     return _read_place(entry, entry)
 

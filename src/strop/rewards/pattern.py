@@ -14,7 +14,7 @@ from ..errors import RewardError
 from .answers import Written, gold_text, written
 from .contract import reward
 
-PATTERN_TAIL = 200
+PATTERN_TAIL = 160
 """Characters at the end of the answer part that a pattern is matched against."""
 MAX_PATTERN_CHARS = 200
 MAX_WAYS = 4 * (PATTERN_TAIL + 1) ** 3
@@ -35,7 +35,7 @@ def regex_answer(
 ) -> list[float | None]:
     r"""1.0 where the group of the option `pattern` holds the column `answer`, else 0.0; None where `answer` is missing.
 
-    The last match in the last 200 characters after the thinking part counts; group and answer are compared as text,
+    The last match in the last 160 characters after the thinking part counts; group and answer are compared as text,
     NFKC-normalised and trimmed. In a truncated completion something has to follow the match. Raises RewardError for a
     pattern that is missing, is no regular expression, has not exactly one group, or could take long: see
     `compile_pattern`.

@@ -267,10 +267,10 @@ class RewardPool:
         else:
             self._finish(job)
 
-    def _settle(self, job: Job, outcomes: Sequence[Outcome]) -> None:
-        index = job.remaining.popleft()
+    def _settle(self, job: Job, function: int, outcomes: Sequence[Outcome]) -> None:
+        job.remaining.remove(function)
         for member, outcome in zip(job.members, outcomes, strict=True):
-            member.outcomes[index] = outcome
+            member.outcomes[function] = outcome
         if not job.remaining:
             self._finish(job)
 
@@ -317,17 +317,17 @@ class RewardPool:
                 member.extras[column] = value
         job.members[0].metrics.extend(report.metrics)
         if report.by_machine:
-            self._log(job, report.outcomes[0].failure)
-        self._settle(job, report.outcomes)
+            self._log(job, report.function, report.outcomes[0].failure)
+        self._settle(job, report.function, report.outcomes)
 
-    def blame(self, job: Job, reason: str) -> None:
+    def blame(self, job: Job, function: int, reason: str) -> None:
         """Leave what a job was running unscored, for every completion of it; called by the processes."""
-        self._log(job, reason)
-        self._settle(job, [Outcome(None, reason)] * len(job.members))
+        self._log(job, function, reason)
+        self._settle(job, function, [Outcome(None, reason)] * len(job.members))
 
-    def _log(self, job: Job, reason: str) -> None:
+    def _log(self, job: Job, function: int, reason: str) -> None:
         """Put a verdict that says something of the machine on disk, before it is used."""
-        self._verdicts.add(self.names[job.remaining[0]], [member.rollout for member in job.members], reason)
+        self._verdicts.add(self.names[function], [member.rollout for member in job.members], reason)
 
     def _turn(self, *, block: bool) -> None:
         """Let the processes go on. What it raises once, it raises ever after."""

@@ -19,12 +19,12 @@ MIN_BACKLOG, MAX_BACKLOG = 2, 256
 
 
 class WorkerProcess:
-    """A worker and the jobs that were handed to it. The first unanswered function of the first job is what it runs."""
+    """A worker and the jobs that were handed to it, which it does in order."""
 
     def __init__(self, launcher: Launcher) -> None:
         """Have the launcher start a worker. Raises LauncherGoneError."""
         self._launcher = launcher
-        self._number, self.pid, self.write_end, self.read_fd = launcher.start_worker()
+        self._number, self.pid, self.write_end, self.read_fd, self._progress = launcher.start_worker()
         self.jobs: deque[Job] = deque()
         self.ready = False
         self._reader = MessageReader()
@@ -32,6 +32,8 @@ class WorkerProcess:
         self._clock_start = time.monotonic()
         self._seconds_per_job = TARGET_BACKLOG_S
         self._is_open = True
+        self._last: tuple[Job, int, float] | None = None
+        """What it was running when it was closed."""
         if launcher.fresh:
             self._unsent.append((memoryview(frame(pickle.dumps(launcher.setup))), None))
             self.send()
@@ -92,14 +94,32 @@ class WorkerProcess:
         """Keep the running mean that `has_room` is judged by."""
         self._seconds_per_job += 0.2 * (seconds - self._seconds_per_job)
 
+    def _running(self) -> tuple[Job, int, float] | None:
+        """The job and the function that it runs, and since when."""
+        if not self._is_open:
+            return self._last
+        running = self._progress.running
+        if running is None:
+            return None
+        number, function, since = running
+        job = next((job for job in self.jobs if job.number == number and function in job.remaining), None)
+        return None if job is None else (job, function, since)
+
     @property
-    def running_since(self) -> float | None:
-        """time.monotonic() at which the current call (or loading) began; None while idle or still being sent work."""
+    def call(self) -> tuple[Job, int] | None:
+        """The job and the function that it runs, or ran when it was closed; None between calls."""
+        running = self._running()
+        return None if running is None else running[:2]
+
+    @property
+    def waited_for_since(self) -> float | None:
+        """time.monotonic() since when it runs a call, or loads, or leaves alone what it was sent; None while idle."""
         if not self.ready:
             return self._clock_start
         if not self.jobs or (self._unsent and self._unsent[0][1] is self.jobs[0]):
             return None  # what is unsent lies in the order of the jobs
-        return self._clock_start
+        running = self._running()
+        return self._clock_start if running is None else running[2]
 
     def end(self) -> tuple[str, str]:
         """Kill it with all that it started; return how it ended, and why the launcher had killed it before, if so.
@@ -114,6 +134,8 @@ class WorkerProcess:
     def close(self) -> None:
         """Close the pipes."""
         if self._is_open:
+            self._last = self._running()
             self._is_open = False
             os.close(self.write_end)
             os.close(self.read_fd)
+            self._progress.close()

@@ -161,7 +161,6 @@ def _validator(text: str) -> tuple[Any, bool]:
     """Return a validator and whether its schema holds regular expressions."""
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
-    from referencing import Registry
 
     if len(text) > MAX_SCHEMA_CHARS:
         raise _refusal(f"it has {len(text)} characters, at most {MAX_SCHEMA_CHARS}")
@@ -181,7 +180,7 @@ def _validator(text: str) -> tuple[Any, bool]:
         kind.check_schema(schema)
     except SchemaError as e:
         raise _refusal(f"{e.message} (at {e.json_path})") from e
-    return kind(schema, registry=Registry()), bool(patterns)
+    return kind(schema), bool(patterns)
 
 
 def _size(node: Any, root: Any, path: tuple[str, ...], depth: int, patterns: list[str]) -> int:

@@ -42,13 +42,14 @@ def math_reward(
     truncated: Sequence[bool] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    r"""1.0 where the final answer equals the reference, 0.0 where not, None where the reference cannot be read.
+    r"""1.0 where the final answer equals the reference, else 0.0; None where the reference cannot be read.
 
+    Answer and reference are compared as text first, apart from spelling (spaces, `\dfrac`, `\left`, `\text`).
     The final answer is the last `\boxed{}` after the thinking part, else the text after `####`, the last `$...$`, a
     short answer as a whole, or the last number; of a truncated completion only a closed box or a whole line with
     `####`. The reference is the column `answer`, else `solution`, else `ground_truth`. A number is compared exactly and
     has to be written as one number; `2+2` is not 4. Only other answers go to math-verify, and only within the budgets
-    of `budget.py`; a reference beyond them, or with a sum, product, integral or limit, is compared as text. Raises
+    of `budget.py`; a reference beyond them, or with a sum, product, integral or limit, is compared as text only. Raises
     RewardError if the rows have none of the three columns.
     """
     samples = written(completions, prefill, truncated)
@@ -107,23 +108,26 @@ def _score(sample: Written, gold_value: Any) -> float | None:
     gold = reference_answer(gold_value)
     if gold is None or len(gold) > MAX_GOLD_CHARS:
         return None
-    gold_number = parse_number(gold)
     gold_key = _key(gold)
-    as_text = (gold_key.isalpha() and len(gold_key) > 1) or not gold_within_budget(fold(gold))
-    if not gold_key or (gold_number is None and not as_text and not _parse_gold(gold)):
+    if not gold_key:
         return None
     part = sample.part
     answer = None if part is None else _final_answer(tail(part), sample.truncated)
-    if not answer or len(answer) > MAX_ANSWER_CHARS:
-        return 0.0
-    if _key(answer) == gold_key:
+    if answer and len(answer) > MAX_ANSWER_CHARS:
+        answer = None
+    if answer and _key(answer) == gold_key:
         return 1.0
+    gold_number = parse_number(gold)
     if gold_number is not None:
-        number = parse_number(answer)
+        number = None if answer is None else parse_number(answer)
         return float(number is not None and number[:2] == gold_number[:2] and number.fits(gold_number))
-    if as_text or not within_budget(fold(answer), fold(gold)):
+    if (gold_key.isalpha() and len(gold_key) > 1) or not gold_within_budget(fold(gold)):
         return 0.0
-    return float(_equivalent(gold, fold(answer)))
+    if not _parse_gold(gold):
+        return None
+    if not answer or ("." in answer and "." not in gold and parse_number(answer) is not None):
+        return 0.0  # of a decimal, math-verify would take six digits for the same
+    return float(within_budget(fold(answer), fold(gold)) and _equivalent(gold, fold(answer)))
 
 
 def _final_answer(end: str, truncated: bool) -> str | None:

@@ -18,6 +18,7 @@ from .combine import Outcome
 from .load import FunctionSpec
 
 _LENGTH = struct.Struct(">I")
+LENGTH_BYTES = _LENGTH.size
 _PLAIN, _HEADED = struct.Struct(">BQHdd"), struct.Struct(">IBQHdd")
 _VALUE, _NOTHING = 1, 2
 MAX_FRAME_BYTES = 1 << 28
@@ -52,15 +53,14 @@ def encode_work(
     return [_LENGTH.pack(total) + _LENGTH.pack(len(head)) + head, *bodies]
 
 
-def decode_work(body: bytes) -> Work:
+def decode_work(body: memoryview) -> Work:
     """Inverse of `encode_work`, without the frame."""
-    view = memoryview(body)
-    (end,) = _LENGTH.unpack_from(view)
+    (end,) = _LENGTH.unpack_from(body)
     end += _LENGTH.size
-    job, functions, correct, lengths = pickle.loads(view[_LENGTH.size : end])
+    job, functions, correct, lengths = pickle.loads(body[_LENGTH.size : end])
     bodies: list[memoryview] = []
     for length in lengths:
-        bodies.append(view[end : end + length])
+        bodies.append(body[end : end + length])
         end += length
     return job, functions, correct, bodies
 

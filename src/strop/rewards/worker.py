@@ -1,8 +1,8 @@
 """What a worker does: take work, call reward functions, report.
 
-Workers are forked by `forkserver`, which has loaded the functions. `python -m strop.rewards.worker INBOX OUTBOX` is the
-other way, for functions whose process cannot be forked: a fresh interpreter that loads them itself. Either way a worker
-holds no torch of ours and never imports the user's `__main__`. The pipes of the protocol are descriptors that no user
+Workers are forked by `forkserver`, which has loaded the functions. `python -m strop.rewards.worker INBOX OUTBOX PAGE`
+is the other way, for functions whose process cannot be forked: a fresh interpreter that loads them itself. Either way a
+worker holds no torch of ours and never imports the user's `__main__`. The pipes are descriptors that no user
 code knows: functions see an empty standard input, and what they print goes through the server into the log.
 """
 
@@ -14,31 +14,37 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import RewardError
 from .call import BoundFunction, Completion
 from .limits import die_with_parent, limit_worker
 from .load import Loaded, load
-from .wire import Setup, Work, decode_work, encode_message, encode_report, read_frame
+from .progress import Progress
+from .wire import LENGTH_BYTES, Setup, Work, decode_work, encode_message, encode_report
+
+QUICK_S = 0.001
+"""Reports of calls that take less are held back for as long, to be sent together. A worker that dies takes those along;
+their calls are then made again."""
+READ_BYTES = 1 << 16
 
 
 def main() -> None:
     """Load the functions in a fresh interpreter and serve until the inbox ends."""
-    inbox, outbox = int(sys.argv[1]), int(sys.argv[2])
+    inbox, outbox, page = (int(argument) for argument in sys.argv[1:4])
     die_with_parent()
     plain_streams()
-    stream = os.fdopen(inbox, "rb", buffering=1 << 16)
-    body = read_frame(stream)
+    channel = Channel(inbox, outbox)
+    body = channel.receive()
     if body is None:
         return
     setup: Setup = pickle.loads(body)
     try:
         functions = [loaded.function for loaded in load_all(setup)]
     except RewardError as e:
-        _send(outbox, encode_message({"refused": e.message, "hint": e.hint}))
+        channel.send(encode_message({"refused": e.message, "hint": e.hint}))
         return
-    serve(stream, outbox, functions, setup.memory_bytes)
+    serve(channel, Progress(page), functions, setup.memory_bytes)
 
 
 def load_all(setup: Setup) -> list[Loaded]:
@@ -56,33 +62,87 @@ def plain_streams() -> None:
     sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
-def serve(inbox: BinaryIO, outbox: int, functions: Sequence[BoundFunction], memory_bytes: int) -> None:
+class Channel:
+    """The worker's ends of its pipes."""
+
+    def __init__(self, inbox: int, outbox: int) -> None:
+        self._inbox, self._outbox = inbox, outbox
+        self._data = b""
+        self._at = 0
+        self._held: list[bytes] = []
+        self._held_since = 0.0
+
+    def receive(self) -> memoryview | None:
+        """Return the body of the next message; None at the end. What is held back is sent before it waits."""
+        while True:
+            there = len(self._data) - self._at
+            length = int.from_bytes(self._data[self._at : self._at + LENGTH_BYTES]) if there >= LENGTH_BYTES else 0
+            if there >= LENGTH_BYTES + length and there >= LENGTH_BYTES:
+                begin = self._at + LENGTH_BYTES
+                self._at = begin + length
+                return memoryview(self._data)[begin : self._at]
+            self.flush()
+            more = os.read(self._inbox, max(READ_BYTES, LENGTH_BYTES + length - there))
+            if not more:
+                return None
+            self._data, self._at = self._data[self._at :] + more, 0
+
+    def hold(self, message: bytes, began: float, now: float) -> None:
+        """Send the report of a call, or keep it for a moment; both times are of time.monotonic()."""
+        if not self._held:
+            self._held_since = began
+        self._held.append(message)
+        if now - self._held_since > QUICK_S:
+            self.flush()
+
+    def send(self, message: bytes) -> None:
+        """Send a message, after what is held back."""
+        self._held.append(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is held back."""
+        message = b"".join(self._held)
+        self._held.clear()
+        written = 0
+        while written < len(message):
+            written += os.write(self._outbox, message[written:] if written else message)
+
+
+def serve(channel: Channel, progress: Progress, functions: Sequence[BoundFunction], memory_bytes: int) -> None:
     """Cap this process, say that it is ready, and score until the inbox ends."""
     limit_worker(memory_bytes)
-    _send(outbox, encode_message({"ready": True}))
+    channel.send(encode_message({"ready": True}))
     run_async = _AsyncRunner()
-    while (body := read_frame(inbox)) is not None:
+    while (body := channel.receive()) is not None:
         try:
-            _score(outbox, functions, decode_work(body), run_async)
+            _score(channel, progress, functions, decode_work(body), run_async)
         except RewardError as e:
-            _send(outbox, encode_message({"refused": e.message, "hint": e.hint}))
+            channel.send(encode_message({"refused": e.message, "hint": e.hint}))
 
 
-def _score(outbox: int, functions: Sequence[BoundFunction], work: Work, run_async: Callable[[Any], Any]) -> None:
+def _score(
+    channel: Channel,
+    progress: Progress,
+    functions: Sequence[BoundFunction],
+    work: Work,
+    run_async: Callable[[Any], Any],
+) -> None:
     job, indices, correct, bodies = work
     process = os.getpid()
     kept: list[Completion] | None = None
     for index in indices:
         function = functions[index]
+        began = progress.begin(job, index)
         completions = kept if kept is not None and function.pure else [_unpickled(body) for body in bodies]
         # A function of ours leaves its arguments as they are; after any other they are read anew.
         kept = completions if function.pure else None
-        start = time.perf_counter()
         outcomes, logged = function.score(completions, run_async, correct)
         if os.getpid() != process:
             os._exit(0)  # a child that the function forked and let return
-        seconds = time.perf_counter() - start
-        _send(outbox, encode_report(job, index, outcomes, seconds, logged))
+        now = time.monotonic()
+        progress.end()
+        channel.hold(encode_report(job, index, outcomes, now - began, logged), began, now)
 
 
 def _unpickled(body: memoryview) -> Completion:
@@ -93,12 +153,6 @@ def _unpickled(body: memoryview) -> Completion:
             f"a row cannot be read in the reward worker: {type(e).__name__}: {e}",
             hint="keep to text, numbers, lists, dates and bytes in the columns of the data set",
         ) from e
-
-
-def _send(outbox: int, message: bytes) -> None:
-    written = os.write(outbox, message)
-    while written < len(message):
-        written += os.write(outbox, message[written:])
 
 
 class _AsyncRunner:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..engine import vllm_compat
 from ..engine.select import resolve_engine
-from ..memory.machine import detect_machine
+from ..memory.machine import Machine, detect_machine
 from ..memory.shapes import GIB
 from .runfolder import environment
 
@@ -19,8 +19,15 @@ def report() -> Iterator[str]:
             yield from (f"{name} {version}" for name, version in value.items())
         elif key != "threads":
             yield f"{key}: {value}"
-    yield f"device: {machine.name}, {machine.memory_bytes / GIB:.1f} GiB free"
+    yield from _device(machine)
     engine, reason = resolve_engine("auto")
     yield f"engine: {engine} ({reason})"
     if engine == "vllm":
         yield vllm_compat.untested_pair(machine.device) or "vLLM and torch are a tested pair"
+        yield f"model runner: {vllm_compat.RUNNERS[machine.device]}"
+
+
+def _device(machine: Machine) -> Iterator[str]:
+    total = f" of {machine.total_bytes / GIB:.1f}" if machine.total_bytes else ""
+    yield f"device: {machine.name}, {machine.memory_bytes / GIB:.1f}{total} GiB free"
+    yield from (f"on the card: {process}" for process in machine.processes)

@@ -192,7 +192,8 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         yield
         return
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read that was not written
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # nothing is read that was not written
     try:
         yield
     finally:
@@ -241,6 +242,9 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     if config.lora.r:  # a wrong name shows before anything slow is loaded
         lora.find_targets(model, config.lora.target_modules)
     engine = VllmEngine(settings, decode, device=plan.device, note=note)
+    if config.model.share_weights == "copy":
+        note("the trainer holds the weights a second time (model.share_weights)")
+        return load_model(source, config.model, dtype, torch.device(plan.device)), engine
     alias_parameters(model, engine)
     move_buffers(model, torch.device(plan.device))
     return model, engine

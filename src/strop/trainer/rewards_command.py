@@ -14,7 +14,7 @@ from typing import Any
 from ..config import Config
 from ..errors import DataError, RewardError
 from ..objective.samples import make_samples
-from ..rewards.audit.bench import Advantages, Setting
+from ..rewards.audit.records import Advantages, Setting
 from ..rewards.audit.registry import Probe
 from ..rewards.audit.report import Report, print_report
 from ..rewards.audit.run import choose, run_audit
@@ -79,7 +79,9 @@ def show_audit(report: Report, path: Path | None) -> None:
         try:
             path.write_text(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as e:
-            raise RewardError(f"--json: `{path}` cannot be written: {e}", hint="name a file in a folder that exists") from e
+            raise RewardError(
+                f"--json: `{path}` cannot be written: {e}", hint="name a file in a folder that exists"
+            ) from e
 
 
 def open_setting(
@@ -183,7 +185,7 @@ def read_known_good(path: Path, problems: Sequence[Problem]) -> dict[str, str]:
     ids = {problem.id for problem in problems}
     if not known.keys() & ids:
         raise DataError(
-            f"--known-good: `{path}` has completions of {len(known)} problems, and none of the {len(ids)} that are tried",
+            f"--known-good: `{path}` has completions of {len(known)} problems, none of them tried here",
             hint=f"ids look like {next(iter(ids))}",
         )
     return {identity: text for identity, text in known.items() if identity in ids}

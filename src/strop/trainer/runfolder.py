@@ -18,6 +18,7 @@ from ..config import Config
 from ..config_load import differences, dump_config, load_config, with_absolute_paths
 from ..errors import ConfigError, RunError
 from ..monitor.files import is_leftover, reason_of, to_json, write_atomically
+from ..types import REWARD_FORMS
 from .checkpoint import clean_leftovers, find_checkpoints
 from .runlock import RunLock
 
@@ -31,6 +32,7 @@ MAY_CHANGE = frozenset(
         "run.rollout_steps",
         "rewards.timeout_s",
         "rewards.workers",
+        "rewards.check",
         "rewards.memory_gib",
         "monitor.action",
         "monitor.actions",
@@ -258,6 +260,11 @@ def _same_place(old: Any, new: Any) -> bool:
         return old == new
     if _resolved(old) == _resolved(new):
         return True
+    for form in REWARD_FORMS:
+        if old.startswith(f"{form}:") or new.startswith(f"{form}:"):
+            return old.startswith(f"{form}:") == new.startswith(f"{form}:") and _same_place(
+                old.removeprefix(f"{form}:"), new.removeprefix(f"{form}:")
+            )
     gone = not os.path.exists(os.path.expanduser(old.partition(".py:")[0] + ".py" if ".py:" in old else old))
     return gone and Path(old).name == Path(new).name
 

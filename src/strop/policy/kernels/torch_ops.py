@@ -6,14 +6,27 @@ fp32 whatever the dtype of the tensors. A name that ends in `_` writes into its 
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+GELU_SCALE = 2 * math.sqrt(2 / math.pi)
+GELU_CUBE = 0.044715
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, H] -> (weight * x / rms(x), 1 / rms(x) [T] fp32); the quotient is rounded before the weight, as in Llama."""
+    """[T, H] -> (weight * x / rms(x), 1 / rms(x) [T] fp32).
+
+    With a weight of the dtype of x the quotient is rounded before it is multiplied, as in Llama; with an fp32 weight
+    the product alone is, as in Gemma.
+    """
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    return weight * (wide * rstd[:, None]).to(x.dtype), rstd
+    return _weighted(wide * rstd[:, None], weight, x.dtype), rstd
+
+
+def _weighted(normed: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight * normed.to(dtype) if weight.dtype == dtype else (weight * normed).to(dtype)
 
 
 def rms_norm_backward(
@@ -47,11 +60,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 def norm_rope(
     source: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> None:
-    """Normalise each head of [T, heads, D], multiply by weight [D], rotate into `out`."""
+    """Normalise each head of [T, heads, D] as `rms_norm` does, rotate into `out`."""
     wide = source.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    normed = weight * (wide * rstd).to(source.dtype)
-    out.copy_(_rotate(normed.float(), cos, sin, False))
+    out.copy_(_rotate(_weighted(wide * rstd, weight, source.dtype).float(), cos, sin, False))
 
 
 def norm_rope_backward(
@@ -65,13 +77,17 @@ def norm_rope_backward(
     out.copy_(rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True)))
 
 
-def swiglu(gate_up: torch.Tensor, low: torch.Tensor | None = None, b: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, 2 I], gate beside up -> silu(gate) * up [T, I].
+def swiglu(
+    gate_up: torch.Tensor, low: torch.Tensor | None = None, b: torch.Tensor | None = None, *, gelu: bool = False
+) -> torch.Tensor:
+    """[T, 2 I], gate beside up -> silu(gate) * up [T, I]; with `gelu` its tanh form takes the place of silu.
 
     With `low` [T, 2 R] and `b` [2 I, 2 R], whose blocks off the diagonal are zero, low b^T is added to both first: the
     adapters' part, which is not written back.
     """
     gate, up = _adapted(gate_up, low, b).chunk(2, dim=-1)
+    if gelu:
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
     return torch.nn.functional.silu(gate) * up
 
 
@@ -81,18 +97,22 @@ def _adapted(x: torch.Tensor, low: torch.Tensor | None, b: torch.Tensor | None) 
 
 def swiglu_backward_(
     gate_up: torch.Tensor, grad: torch.Tensor, low: torch.Tensor | None = None, b: torch.Tensor | None = None,
-    grad_low: torch.Tensor | None = None, a: torch.Tensor | None = None,
+    grad_low: torch.Tensor | None = None, a: torch.Tensor | None = None, *, gelu: bool = False,
 ) -> None:  # fmt: skip
     """Turn [T, 2 I] into its gradient, and the gradient of the product [T, I] into the product itself.
 
     `low` and `b` as above; grad_low [T, R] a [R, I], the next layer's adapter's part, is added to the gradient first.
+    Either activation is g s(u) with the logistic function s, u = g for silu and 2 sqrt(2 / pi) (g + 0.044715 g^3) for
+    gelu (Hendrycks & Gimpel 2016, arXiv 1606.08415), and so its derivative s + g s (1 - s) u'.
     """
     wide = grad.float() if grad_low is None or a is None else torch.addmm(grad, grad_low, a).float()
     gate, up = (x.float() for x in _adapted(gate_up, low, b).chunk(2, dim=-1))
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    product = silu.to(grad.dtype) * up.to(grad.dtype)
-    gate_up.copy_(torch.cat([wide * up * (sigmoid + silu * (1 - sigmoid)), wide * silu], dim=-1))
+    inner = GELU_SCALE * (gate + GELU_CUBE * gate**3) if gelu else gate
+    slope = GELU_SCALE * (1 + 3 * GELU_CUBE * gate**2) if gelu else 1.0
+    sigmoid = torch.sigmoid(inner)
+    active = gate * sigmoid
+    product = active.to(grad.dtype) * up.to(grad.dtype)
+    gate_up.copy_(torch.cat([wide * up * (sigmoid + active * (1 - sigmoid) * slope), wide * active], dim=-1))
     grad.copy_(product)  # last: in fp32 `wide` may be `grad` itself
 
 

@@ -12,12 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .torch_ops import GELU_CUBE, GELU_SCALE
+
 _LOGIT_BLOCK = 4096
-_SWIGLU_ROWS, _SWIGLU_COLS = 64, 128
+_GELU_SCALE, _GELU_CUBE = tl.constexpr(GELU_SCALE), tl.constexpr(GELU_CUBE)
+SWIGLU_TILE = (32, 64, 4)
+"""Rows, columns and warps of a program. With 80 registers a thread 24 warps share a processor and hide each other's
+reads; (64, 128, 8) takes 182 and leaves 8, which measured 1.7 times what the memory needs. `bench/training_step.py
+--tune` measures others."""
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, w_ptr, y_ptr, rstd_ptr, width, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x_ptr, w_ptr, y_ptr, rstd_ptr, width, eps, ROUND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -25,7 +31,9 @@ def _rms_norm_kernel(x_ptr, w_ptr, y_ptr, rstd_ptr, width, eps, BLOCK: tl.conste
     wide = x.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + eps)
     w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    normed = (wide * rstd).to(x.dtype).to(tl.float32)
+    normed = wide * rstd
+    if ROUND:
+        normed = normed.to(x.dtype).to(tl.float32)
     tl.store(y_ptr + row * width + cols, (normed * w).to(x.dtype), mask=mask)
     tl.store(rstd_ptr + row, rstd)
 
@@ -62,7 +70,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     block, warps = _row_settings(width)
     if rows:
-        _rms_norm_kernel[(rows,)](x, weight, y, rstd, width, eps, BLOCK=block, num_warps=warps)
+        _rms_norm_kernel[(rows,)](
+            x, weight, y, rstd, width, eps, ROUND=weight.dtype == x.dtype, BLOCK=block, num_warps=warps
+        )
     return y, rstd
 
 
@@ -87,6 +97,7 @@ def _rope_kernel(
     src_ptr, src_token, src_head, out_ptr, out_token, out_head, pre_ptr, pre_token, pre_head, cos_ptr, sin_ptr,
     w_ptr, heads, eps, sign,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, MODE: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """MODE 0: rotate. 1: normalise, then rotate. 2: the backward pass of 1; `pre` is what was normalised."""
     token = tl.program_id(0).to(tl.int64)
@@ -104,9 +115,13 @@ def _rope_kernel(
         w1 = tl.load(w_ptr + col, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
         w2 = tl.load(w_ptr + HALF + col, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
         rstd = 1.0 / tl.sqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
-        # Rounded where transformers' norm rounds.
-        a = ((a * rstd).to(raw1.dtype).to(tl.float32) * w1).to(raw1.dtype).to(tl.float32)
-        b = ((b * rstd).to(raw1.dtype).to(tl.float32) * w2).to(raw1.dtype).to(tl.float32)
+        a = a * rstd
+        b = b * rstd
+        if ROUND:
+            a = a.to(raw1.dtype).to(tl.float32)
+            b = b.to(raw1.dtype).to(tl.float32)
+        a = (a * w1).to(raw1.dtype).to(tl.float32)
+        b = (b * w2).to(raw1.dtype).to(tl.float32)
     first = a * c - b * s
     second = b * c + a * s
     if MODE == 2:
@@ -141,7 +156,8 @@ def _launch_rope(
     _rope_kernel[(tokens, triton.cdiv(heads, block_heads))](
         source, source.stride(0), source.stride(1), out, out.stride(0), out.stride(1), pre, pre.stride(0),
         pre.stride(1), cos.contiguous(), sin.contiguous(), cos if weight is None else weight, heads, eps, sign,
-        HALF=half, BLOCK_HALF=triton.next_power_of_2(half), BLOCK_HEADS=block_heads, MODE=mode, num_warps=2,
+        HALF=half, BLOCK_HALF=triton.next_power_of_2(half), BLOCK_HEADS=block_heads, MODE=mode,
+        ROUND=weight is not None and weight.dtype == source.dtype, num_warps=2,
     )  # fmt: skip
 
 
@@ -167,12 +183,12 @@ def norm_rope_backward(
 
 @triton.jit
 def _low_rank(
-    low_ptr, low_stride, b_ptr, b_row, b_col, rows, row_mask, cols, col_mask, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+    low_ptr, low_width, b_ptr, b_row, b_col, rows, row_mask, cols, col_mask, RANK: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """Return low [rows, R] times b [R, cols] in fp32; b is read with the strides given."""
     r = tl.arange(0, BLOCK_R)
     low = tl.load(
-        low_ptr + rows[:, None] * low_stride + r[None, :], mask=row_mask[:, None] & (r < RANK)[None, :], other=0.0
+        low_ptr + rows[:, None] * low_width + r[None, :], mask=row_mask[:, None] & (r < RANK)[None, :], other=0.0
     )
     b = tl.load(
         b_ptr + r[:, None] * b_row + cols[None, :] * b_col, mask=(r < RANK)[:, None] & col_mask[None, :], other=0.0
@@ -182,8 +198,8 @@ def _low_rank(
 
 @triton.jit
 def _swiglu_kernel(
-    gu_ptr, m_ptr, low_ptr, low_stride, b_ptr, b_stride, grad_low_ptr, grad_low_stride, a_ptr, a_stride, height, width,
-    BACKWARD: tl.constexpr, LOW: tl.constexpr, GRAD_LOW: tl.constexpr, RANK: tl.constexpr, GRAD_RANK: tl.constexpr,
+    gu_ptr, m_ptr, low_ptr, b_ptr, grad_low_ptr, a_ptr, height, width,
+    BACKWARD: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, GRAD_RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_GRAD_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -195,64 +211,69 @@ def _swiglu_kernel(
     raw = tl.load(gate_at, mask=mask, other=0.0)
     gate = raw.to(tl.float32)
     up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
-    if LOW:
-        gate += _low_rank(low_ptr, low_stride, b_ptr, 1, b_stride, rows, row_mask, cols, col_mask, RANK, BLOCK_R)
-        up += _low_rank(
-            low_ptr + RANK, low_stride, b_ptr + width * b_stride + RANK, 1, b_stride, rows, row_mask, cols, col_mask,
-            RANK, BLOCK_R,
-        )  # fmt: skip
+    if RANK > 0:
+        gate += _low_rank(low_ptr, 2 * RANK, b_ptr, 1, 2 * RANK, rows, row_mask, cols, col_mask, RANK, BLOCK_R)
+        up_b = b_ptr + width * 2 * RANK + RANK
+        up_low = low_ptr + RANK
+        up += _low_rank(up_low, 2 * RANK, up_b, 1, 2 * RANK, rows, row_mask, cols, col_mask, RANK, BLOCK_R)
         gate = gate.to(raw.dtype).to(tl.float32)
         up = up.to(raw.dtype).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+    inner = gate
+    if GELU:
+        inner = _GELU_SCALE * (gate + _GELU_CUBE * gate * gate * gate)
+    sigmoid = tl.sigmoid(inner)
+    active = gate * sigmoid
     m_at = m_ptr + rows[:, None] * width + cols[None, :]
     if BACKWARD:
         grad = tl.load(m_at, mask=mask, other=0.0).to(tl.float32)
-        if GRAD_LOW:
+        if GRAD_RANK > 0:
             grad += _low_rank(
-                grad_low_ptr, grad_low_stride, a_ptr, a_stride, 1, rows, row_mask, cols, col_mask, GRAD_RANK,
-                BLOCK_GRAD_R,
-            )  # fmt: skip
+                grad_low_ptr, GRAD_RANK, a_ptr, width, 1, rows, row_mask, cols, col_mask, GRAD_RANK, BLOCK_GRAD_R
+            )
             grad = grad.to(raw.dtype).to(tl.float32)
-        tl.store(gate_at, (grad * up * (sigmoid + silu * (1.0 - sigmoid))).to(raw.dtype), mask=mask)
-        tl.store(gate_at + width, (grad * silu).to(raw.dtype), mask=mask)
-    tl.store(m_at, (silu.to(raw.dtype).to(tl.float32) * up).to(raw.dtype), mask=mask)
+        slope = active * (1.0 - sigmoid)
+        if GELU:
+            slope = slope * _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBE * gate * gate)
+        tl.store(gate_at, (grad * up * (sigmoid + slope)).to(raw.dtype), mask=mask)
+        tl.store(gate_at + width, (grad * active).to(raw.dtype), mask=mask)
+    tl.store(m_at, (active.to(raw.dtype).to(tl.float32) * up).to(raw.dtype), mask=mask)
 
 
-def swiglu(gate_up: torch.Tensor, low: torch.Tensor | None = None, b: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu(
+    gate_up: torch.Tensor, low: torch.Tensor | None = None, b: torch.Tensor | None = None, *, gelu: bool = False
+) -> torch.Tensor:
     """See `torch_ops.swiglu`."""
     product = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _launch_swiglu(gate_up, product, low, b, None, None, backward=False)
+    _launch_swiglu(gate_up, product, low, b, None, None, backward=False, gelu=gelu)
     return product
 
 
 def swiglu_backward_(
     gate_up: torch.Tensor, grad: torch.Tensor, low: torch.Tensor | None = None, b: torch.Tensor | None = None,
-    grad_low: torch.Tensor | None = None, a: torch.Tensor | None = None,
+    grad_low: torch.Tensor | None = None, a: torch.Tensor | None = None, *, gelu: bool = False,
 ) -> None:  # fmt: skip
     """See `torch_ops.swiglu_backward_`."""
-    _launch_swiglu(gate_up, grad, low, b, grad_low, a, backward=True)
+    _launch_swiglu(gate_up, grad, low, b, grad_low, a, backward=True, gelu=gelu)
 
 
 def _launch_swiglu(
     gate_up: torch.Tensor, product: torch.Tensor, low: torch.Tensor | None, b: torch.Tensor | None,
-    grad_low: torch.Tensor | None, a: torch.Tensor | None, *, backward: bool,
+    grad_low: torch.Tensor | None, a: torch.Tensor | None, *, backward: bool, gelu: bool,
 ) -> None:  # fmt: skip
-    assert gate_up.is_contiguous(), "swiglu works on contiguous buffers"
-    assert product.is_contiguous(), "swiglu works on contiguous buffers"
+    given = [x for x in (gate_up, product, low, b, grad_low, a) if x is not None]
+    assert all(x.is_contiguous() for x in given), "swiglu works on contiguous buffers"
     height, width = product.shape
     if not height:
         return
-    rank = 0 if low is None else low.shape[1] // 2
-    grad_rank = 0 if grad_low is None else grad_low.shape[1]
+    rank = 0 if low is None or b is None else low.shape[1] // 2
+    grad_rank = 0 if grad_low is None or a is None else grad_low.shape[1]
+    block_m, block_n, warps = SWIGLU_TILE
     # Where there is no adapter, any pointer does: it is not read.
-    low, b = (product, product) if low is None or b is None else (low, b)
-    grad_low, a = (product, product) if grad_low is None or a is None else (grad_low, a)
-    _swiglu_kernel[(triton.cdiv(height, _SWIGLU_ROWS), triton.cdiv(width, _SWIGLU_COLS))](
-        gate_up, product, low, low.stride(0), b, b.stride(0), grad_low, grad_low.stride(0), a, a.stride(0), height,
-        width, BACKWARD=backward, LOW=rank > 0, GRAD_LOW=grad_rank > 0, RANK=rank, GRAD_RANK=grad_rank,
-        BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_GRAD_R=max(16, triton.next_power_of_2(grad_rank)),
-        BLOCK_M=_SWIGLU_ROWS, BLOCK_N=_SWIGLU_COLS, num_warps=8,
+    low, b, grad_low, a = (product if x is None else x for x in (low, b, grad_low, a))
+    _swiglu_kernel[(triton.cdiv(height, block_m), triton.cdiv(width, block_n))](
+        gate_up, product, low, b, grad_low, a, height, width, BACKWARD=backward, GELU=gelu, RANK=rank,
+        GRAD_RANK=grad_rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_GRAD_R=max(16, triton.next_power_of_2(grad_rank)), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )  # fmt: skip
 
 

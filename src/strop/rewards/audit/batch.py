@@ -11,7 +11,7 @@ from .bench import Bench
 from .registry import Finding, ok, probe, skip
 
 
-@probe("B1", "neighbours in a list", needs_gold=False)
+@probe("B1", "neighbours in a list", needs_gold=False, task="lists")
 def neighbours(bench: Bench) -> Finding:
     """The score of a completion alone, in a list of 2 and in a list of 64. Functions of group scope may compare."""
     names = [name for name, declared in bench.declarations.items() if declared.scope == "sample"]

@@ -1,4 +1,4 @@
-"""What probes work with: the run's rewards, its rows, and for each row a completion that is right and one that is wrong.
+"""What probes work with: the run's rewards, its rows, and for each row a right completion and a wrong one.
 
 Completions are scored by a reward pool of the run's own configuration, so that limits, weights and gating are those of
 the run. Nothing is sampled and no weights are loaded.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from random import Random
 from typing import TYPE_CHECKING
 
-from ...config import RewardsConfig
 from ...seeding import derive_seed
 from ...types import Problem, Rollout, ScoredRollout, Segment
 from ..combine import Rules, make_rules
 from ..contract import Declaration
 from ..lint import lint, terms_of
 from ..pool import RewardPool
+from .filler import filler
+from .records import Attempt, Row, Setting
 from .reference import THOUGHT, Gold, Style, golds_of, styles_for
 
 if TYPE_CHECKING:
@@ -35,79 +35,6 @@ NEARLY = 0.05
 """Forms whose rewards differ by less than this part of the whole range are equally good: the first one is taken."""
 STYLE_ROWS = 4
 """Rows on which the form of the answer is found."""
-
-Advantages = Callable[[Sequence[ScoredRollout], int], Sequence[float | None]]
-"""(scored rollouts in groups, group size) -> the advantages that the run would train with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A run as far as rewards see it."""
-
-    config: RewardsConfig
-    default_funcs: tuple[str, ...]
-    problems: tuple[Problem, ...]
-    encode: Callable[[str], Sequence[int]]
-    """The tokenizer, without special tokens."""
-    stop_token_id: int
-    max_completion_length: int
-    num_generations: int
-    num_prompts: int = 1
-    max_steps: int | None = None
-    scale_rewards: str = "none"
-    """What advantages are divided by; for the lint."""
-    advantages: Advantages | None = None
-    """None: probes of the group's advantages are skipped."""
-    seed: int = 0
-    gold_column: str | None = None
-    known_good: dict[str, str] = field(default_factory=dict[str, str])
-    """Completions that are known to be right, by problem id."""
-    note: Callable[[str], None] = lambda text: None
-    """Takes what loading the functions has to say."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A completion that somebody might write."""
-
-    problem: Problem
-    text: str
-    truncated: bool = False
-    """Whether it ran into the token limit: no stop token at its end."""
-    seed: int = 0
-
-    @property
-    def key(self) -> tuple[str, str, bool, int]:
-        """What tells it apart from others of the same rows."""
-        return self.problem.id, self.text, self.truncated, self.seed
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A problem with completions whose worth is known."""
-
-    problem: Problem
-    gold: Gold
-    style: Style | None
-    """None for a known-good completion, which is in no style of ours."""
-    right: str
-    wrong: str
-
-    def write(self, answer: str, thought: str | None = None) -> str:
-        """Return a completion with another answer, in the same form."""
-        if self.style is None:
-            return answer
-        prefill = self.problem.prefill
-        return self.style.write(answer, prefill) if thought is None else self.style.write(answer, prefill, thought)
-
-    @property
-    def style_name(self) -> str:
-        """Name of the form, for messages."""
-        return "known-good completion" if self.style is None else self.style.name
-
-    def mark(self, answer: str) -> str:
-        """Return an answer with what the form puts around it, without any reasoning."""
-        return answer if self.style is None else f"{self.style.before}{answer}{self.style.after}"
 
 
 def open_pool(setting: Setting) -> RewardPool:
@@ -131,13 +58,16 @@ class Bench:
         """Reasons of unscored completions, over everything that was scored."""
         self.num_scored = 0
         self.rows: tuple[Row, ...] = ()
-        self.golds = golds_of(setting.problems, setting.gold_column, setting.known_good)
+        schema = setting.config.options.get("json_schema", {}).get("schema")
+        self.golds = golds_of(setting.problems, setting.gold_column, setting.known_good, schema)
         self._known: dict[tuple[str, str, bool, int], ScoredRollout] = {}
         self._row_of: dict[str, Row] = {}
         self._right: dict[str, ScoredRollout] = {}
         self._wrong: dict[str, ScoredRollout] = {}
         self.tried: tuple[str, ...] = ()
         """Names of the styles that were tried for right answers."""
+        self.lab_tasks: frozenset[str] = frozenset()
+        """What the probes of this audit will ask of the lab, which does it in one process."""
         self._lab: Laboratory | None = None
 
     @property
@@ -191,7 +121,7 @@ class Bench:
         return dict(zip(self.pool.names, self.pool.weights, strict=True))
 
     def lint(self, *, only_new: bool = False) -> list[dict[str, str]]:
-        """Return what the lint says of the configuration: id, severity, said, advice; in `rewards.allow`: reported only.
+        """Return what the lint says: id, severity, said, advice; what `rewards.allow` names is reported only.
 
         `only_new`: without what it says before the user's functions are loaded and their declarations are known.
         """
@@ -272,7 +202,7 @@ class Bench:
         )
 
     def encode(self, text: str) -> Sequence[int]:
-        """Tokenise a completion; characters that are half of a pair, which no model writes, count as a question mark."""
+        """Tokenise a completion; half a surrogate pair, which no model writes, counts as a question mark."""
         most = max(MIN_ENCODED_CHARS, CHARS_PER_TOKEN * self.setting.max_completion_length)
         return self.setting.encode(text[:most].encode("utf-8", "replace").decode())
 
@@ -281,7 +211,7 @@ class Bench:
         return len(self.encode(text))
 
     def merit(self, scored: ScoredRollout) -> float | None:
-        """Return the reward without its length and repetition terms, which have probes of their own; None if unscored."""
+        """Return the reward without length and repetition, which have probes of their own; None if unscored."""
         return self._without(scored, "length", "repetition")
 
     def without_repetition(self, scored: ScoredRollout) -> ScoredRollout:
@@ -333,7 +263,7 @@ class Bench:
         return result
 
     def _best_style(self, answers: Sequence[tuple[Problem, Gold]]) -> Style:
-        """Return the style with the most right answers and the highest rewards; try more only while marks are missing."""
+        """Return the style with the most right answers and the highest rewards; stop early where all marks are full."""
         styles = styles_for(answers[0][0])
         totals: dict[Style, tuple[int, float]] = {}
         for part in (styles[:3], styles[3:]):
@@ -398,22 +328,8 @@ class Bench:
 
     def filler(self, num_tokens: int, seed: int = 0) -> str:
         """Return plain words of about this many tokens, without numbers and without repeated phrases."""
-        if num_tokens <= 0:
-            return ""
-        rng = Random(derive_seed("filler", seed))
-        sample = " ".join(rng.choice(_WORDS) for _ in range(64))
-        count = max(1, int(num_tokens * 64 / max(1, self.length(sample))))
-        return " ".join(rng.choice(_WORDS) for _ in range(count))
+        return filler(num_tokens, seed, self.length)
 
 
 def _row(problem: Problem, gold: Gold, style: Style) -> Row:
     return Row(problem, gold, style, style.write(gold.text, problem.prefill), style.write(gold.wrong, problem.prefill))
-
-
-_WORDS = (
-    "we look at what is given and then take the next part with care because it may be small or large so that it fits "
-    "under our rule while another view would need more work before any claim about this case can stand on its own feet "
-    "since each term must keep its place until both sides agree where they meet again after some change of form which "
-    "leaves them equal though written in other words from here onward nothing else seems left open except how far that "
-    "idea goes when applied over longer paths through known ground"
-).split()

@@ -29,7 +29,7 @@ EXPECTED_EFFECTS: Mapping[str, tuple[str, ...]] = {
 _PURE = "a score must follow from the completion and its row alone"
 
 
-@probe("D1", "the same input ten times", needs_gold=False)
+@probe("D1", "the same input ten times", needs_gold=False, task="repeat")
 def repeated(bench: Bench) -> Finding:
     """Under other seeds of the rollout, so that a function which draws random numbers shows."""
     return _differing(bench, bench.lab.result("repeat"), "when it is scored again")
@@ -52,13 +52,13 @@ def processes(bench: Bench) -> Finding:
     return ok(f"{len(base['values'])} calls in {len(runs)} processes")
 
 
-@probe("D3", "two threads at once", needs_gold=False)
+@probe("D3", "two threads at once", needs_gold=False, task="threads")
 def threads(bench: Bench) -> Finding:
     """Strop calls functions in one thread; a function that shares state between threads shows here."""
     return _differing(bench, bench.lab.result("threads"), "when two threads score", "WARN")
 
 
-@probe("D4", "a busy machine", needs_gold=False)
+@probe("D4", "a busy machine", needs_gold=False, task="values")
 def load(bench: Bench) -> Finding:
     """The same calls while every core is busy: a verdict that a clock decides shows."""
     idle = bench.lab.result("values")
@@ -78,7 +78,7 @@ def load(bench: Bench) -> Finding:
     return _differing(bench, differing, "on a busy machine")
 
 
-@probe("D5", "global random generators", needs_gold=False)
+@probe("D5", "global random generators", needs_gold=False, task="purity")
 def generators(bench: Bench) -> Finding:
     """Drawing from `random`, NumPy's or torch's global generator. Strop seeds them for each call; nobody else does."""
     return _effects(
@@ -87,7 +87,7 @@ def generators(bench: Bench) -> Finding:
     )  # fmt: skip
 
 
-@probe("D6", "files, sockets, processes, environment", needs_gold=False)
+@probe("D6", "files, sockets, processes, environment", needs_gold=False, task="purity")
 def effects(bench: Bench) -> Finding:
     """Seen by an audit hook (PEP 578) while each function scores. Reading the clock is in D8."""
     found = bench.lab.result("purity")
@@ -111,7 +111,7 @@ def effects(bench: Bench) -> Finding:
     )  # fmt: skip
 
 
-@probe("D7", "arguments that are changed", needs_gold=False)
+@probe("D7", "arguments that are changed", needs_gold=False, task="purity")
 def mutation(bench: Bench) -> Finding:
     """What a row holds is the same after the call as before. Each function gets copies, so no other one is misled."""
     return _effects(
@@ -119,7 +119,7 @@ def mutation(bench: Bench) -> Finding:
     )
 
 
-@probe("D8", "code that is run, and the clock", needs_gold=False)
+@probe("D8", "code that is run, and the clock", needs_gold=False, task="purity")
 def executed(bench: Bench) -> Finding:
     """Code that was compiled while scoring and then run (the audit event `exec`; parsing alone raises only `compile`).
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections import Counter
+from collections.abc import Iterator
 
 from ...types import ScoredRollout
 from ..answers import parse_number
-from .bench import TOLERANCE, Attempt, Bench, Row
+from .bench import TOLERANCE, Bench
+from .records import Attempt, Row
 from .registry import Finding, Hit, ok, probe, shown, skip
 
 MAX_LISTED = 6
@@ -41,7 +42,7 @@ def right(bench: Bench) -> Finding:
 
 @probe("P2", "harmless variants of the right answer")
 def variants(bench: Bench) -> Finding:
-    """Refused white space fails; other refused spellings are a warning, since they lose signal and cannot be exploited."""
+    """Refused white space fails; other refused spellings are a warning: they lose signal and cannot be exploited."""
     tried: list[tuple[str, Row, Attempt]] = []
     for row in bench.sound_rows:
         if row.style is not None and row.gold.kind in ("number", "text", "expression"):

@@ -1,4 +1,4 @@
-"""Group probes: what the run's normalisation and shaping make of rewards, on groups put together from scored completions."""
+"""Group probes: what the run's normalisation and shaping make of rewards, on groups of made-up completions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from random import Random
 
 from ...seeding import derive_seed
 from ...types import ScoredRollout
-from .bench import TOLERANCE, Attempt, Bench, Row
+from .bench import TOLERANCE, Bench
 from .length import MAX_RHO, ORDINARY_SHARE, pearson, room, roomy_rows
+from .records import Attempt, Row
 from .registry import Finding, Hit, ok, probe, shown, skip
 
 NUM_GROUPS = 1000
@@ -63,8 +64,8 @@ def sign_flips(bench: Bench) -> Finding:
     finding = Finding(
         "FAIL" if rate > MAX_FLIPS else "WARN",
         f"{rate:.2%} of the advantages in {len(groups)} mixed groups push the other way than correctness would",
-        advice="weaken the terms beside correctness, gate them (rewards.gated), or shape the advantage instead of the "
-        "reward (`polarity_bonus`)",
+        advice="weaken the terms beside correctness, gate them (rewards.gated), or use "
+        "rewards.length_shaping instead",
     )  # fmt: skip
     return _with_example(bench, finding, flips, len(groups))
 
@@ -77,7 +78,7 @@ def all_wrong(bench: Bench) -> Finding:
 
 @probe("G3", "length in groups of right answers alone")
 def all_right(bench: Bench) -> Finding:
-    """The correlation of length and advantage must not be positive."""
+    """The correlation of length and advantage must not be above 0.1."""
     return _length_lesson(bench, right=True)
 
 
@@ -94,7 +95,7 @@ def equal_rewards(bench: Bench) -> Finding:
         if any(a != 0.0 for a in advantages if a is not None):
             return Finding(
                 "FAIL", f"{size} rewards of {value:g} give advantages {[a for a in advantages if a][:3]}",
-                advice="a term that differs between equal rewards is at work: look at objective.shaping",
+                advice="a term that differs between equal rewards is at work: look at rewards.length_shaping",
             )  # fmt: skip
     return ok(of=3)
 
@@ -108,7 +109,8 @@ def one_unscored(bench: Bench) -> Finding:
     size = bench.setting.num_generations
     for row in rows:
         scored = [bench.right_of(row) if i % 2 else bench.wrong_of(row) for i in range(size)]
-        broken = replace(scored[0], reward=None, correct=None, scores=dict.fromkeys(scored[0].scores), failures={"x": "NaN"})
+        lost = dict.fromkeys(scored[0].scores)
+        broken = replace(scored[0], reward=None, correct=None, scores=lost, failures={"x": "NaN"})
         result = advantages([broken, *scored[1:]], size)
         finite = all(a is not None and math.isfinite(a) for a in result[1:])
         if result[0] is not None or (size > 2 and not finite):
@@ -187,9 +189,7 @@ def _members(bench: Bench, row: Row, size: int) -> list[str]:
     if row.style is None:
         return [row.right if i % 2 else row.wrong for i in range(size)]
     limit = max(0, int(ORDINARY_SHARE * room(bench, row)))
-    return [
-        bench.padded(row, row.gold.text if i % 2 else row.gold.wrong, i * limit // size, i) for i in range(size)
-    ]
+    return [bench.padded(row, row.gold.text if i % 2 else row.gold.wrong, i * limit // size, i) for i in range(size)]
 
 
 def _mixed_groups(bench: Bench) -> _Groups | None:
@@ -219,7 +219,7 @@ def _length_lesson(bench: Bench, *, right: bool) -> Finding:
     lesson = "to be long" if rho > 0 else "to give up early"
     finding = Finding(
         "FAIL", f"correlation {rho:+.2f} of length and advantage in groups of {who} answers: they teach {lesson}",
-        advice="multiply the length term with correctness (`gr3`), use `polarity_bonus`, or objective.scale_rewards: none",
+        advice="multiply the length term with correctness (`gr3`), or use rewards.length_shaping instead",
     )  # fmt: skip
     best = max(zip(advantages, members, strict=True), key=lambda pair: pair[0])[1]
     return _with_example(bench, finding, [best], len(groups))

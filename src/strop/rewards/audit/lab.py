@@ -1,4 +1,4 @@
-"""A process of its own in which reward functions are watched: `python -m strop.rewards.audit.lab`, started by `laboratory`.
+"""A process in which reward functions are watched: `python -m strop.rewards.audit.lab`, started by `laboratory`.
 
 It takes one pickled Order on standard input and writes one JSON line per finished task, so that a function which hangs
 or kills the process costs the later tasks only. Nothing of the trainer runs here.
@@ -39,7 +39,10 @@ WATCHED = (
     "os.listdir", "os.scandir", "shutil", "urllib.Request", "pty.spawn", "ctypes.dlopen",
 )  # fmt: skip
 """Audit events, by name or by what stands before the first dot."""
-CLOCKS = ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "localtime")
+CLOCKS = (
+    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "localtime",
+)  # fmt: skip
+"""Functions of `time` whose use is noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ def _written(spec: FunctionSpec) -> Any:
     found = inspect.unwrap(load_function(spec))
     if hasattr(found, "__code__"):
         return found
-    return getattr(found if inspect.isclass(found) else type(found), "__call__", None)
+    return vars(found if inspect.isclass(found) else type(found)).get("__call__")
 
 
 def _described(event: str, args: tuple[Any, ...]) -> str:
@@ -226,11 +229,15 @@ class Lab:
         effects: dict[str, dict[str, list[str]]] = {}
         evaluate(self.functions, self.order)  # whatever a first call imports is not an effect of scoring
         for loaded in self.functions:
-            noted = effects.setdefault(loaded.function.name, {"random": [], "mutated": [], "events": [], "executed": []})
+            noted = effects.setdefault(
+                loaded.function.name, {"random": [], "mutated": [], "events": [], "executed": []}
+            )
             for group, correct in zip(self.order.groups, self.order.correct, strict=True):
                 for part, told in _calls(loaded, group, correct):
                     self._observe(loaded, part, told, noted)
-        return {name: {kind: sorted(set(items))[:8] for kind, items in noted.items()} for name, noted in effects.items()}
+        return {
+            name: {kind: sorted(set(items))[:8] for kind, items in noted.items()} for name, noted in effects.items()
+        }
 
     def _observe(
         self, loaded: Loaded, part: tuple[Completion, ...], told: tuple[bool | None, ...], noted: dict[str, list[str]]
@@ -287,14 +294,21 @@ class Lab:
 
 
 def _differences(runs: Sequence[Values]) -> Values:
-    return [(name, where, f"{a} | {b}") for other in runs[1:] for (name, where, a), (_, _, b) in zip(runs[0], other, strict=True) if a != b]
+    return [
+        (name, where, f"{a} | {b}")
+        for other in runs[1:]
+        for (name, where, a), (_, _, b) in zip(runs[0], other, strict=True)
+        if a != b
+    ]
 
 
 def _is_import(event: str, detail: str) -> bool:
     """Whether an event is Python reading its own modules, which a rare branch may still import."""
     kind, _, path = detail.partition(" ")
-    return event in ("open", "os.listdir", "os.scandir") and kind != "write" and (
-        path.endswith((".py", ".pyc", ".so")) or (event != "open" and detail.split(" ")[0] in sys.path)
+    return (
+        event in ("open", "os.listdir", "os.scandir")
+        and kind != "write"
+        and (path.endswith((".py", ".pyc", ".so")) or (event != "open" and detail.split(" ")[0] in sys.path))
     )
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from ...types import Problem, Rollout
 from ..call import NOT_PASSED, Completion, RunFacts
 from ..load import read_entries
-from .bench import Attempt, Bench
+from .bench import Bench
 from .lab import Order
+from .records import Attempt
 
 TASKS = ("values", "repeat", "lists", "purity", "columns", "threads", "latency", "growth")
 NUM_ROWS = 4
@@ -40,7 +41,7 @@ class Laboratory:
     def result(self, task: str) -> Any:
         """Return the result of a task, or None if it did not come to an end; then `trouble` says why."""
         if self._results is None:
-            self._results, self.trouble = self.run(self._order(TASKS))
+            self._results, self.trouble = self.run(self._order([t for t in TASKS if t in self._bench.lab_tasks]))
         return self._results.get(task)
 
     def run(self, order: Order, environment: Mapping[str, str] | None = None) -> tuple[dict[str, Any], str]:
@@ -49,7 +50,8 @@ class Laboratory:
             inbox.write(pickle.dumps(order))
             inbox.seek(0)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "strop.rewards.audit.lab"], stdin=inbox, stdout=subprocess.PIPE, stderr=log,
+                [sys.executable, "-P", "-m", "strop.rewards.audit.lab"],
+                stdin=inbox, stdout=subprocess.PIPE, stderr=log,
                 env=lab_environment() | dict(environment or {}), start_new_session=True,
             )  # fmt: skip
             try:
@@ -84,9 +86,7 @@ class Laboratory:
             options=dict(setting.config.options),
             facts=RunFacts(setting.max_completion_length, setting.max_steps),
             sys_path=tuple(folder for folder in sys.path if folder),
-            groups=tuple(
-                tuple(completion_of(bench.rollout(a, i)) for i, a in enumerate(group)) for group in attempts
-            ),
+            groups=tuple(tuple(completion_of(bench.rollout(a, i)) for i, a in enumerate(group)) for group in attempts),
             correct=tuple(tuple(one.correct for one in group) for group in scored),
             tasks=tuple(tasks),
             rows=tuple(
@@ -104,7 +104,8 @@ def _attempts(bench: Bench, index: int) -> list[Attempt]:
     formula = row.write(r"\frac{x+1}{2} + 3*4") if row else r"\boxed{\frac{x+1}{2} + 3*4}"
     return [
         Attempt(problem, right), Attempt(problem, wrong), Attempt(problem, ""), Attempt(problem, formula),
-        Attempt(problem, bench.filler(20, index), truncated=True), Attempt(problem, f"{bench.filler(10, index)} {right}"),
+        Attempt(problem, bench.filler(20, index), truncated=True),
+        Attempt(problem, f"{bench.filler(10, index)} {right}"),
     ]  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...types import ScoredRollout
-from .bench import TOLERANCE, Attempt, Bench, Row
+from .bench import TOLERANCE, Bench
+from .records import Attempt, Row
 from .registry import Finding, Hit, is_paid, ok, probe, shown, skip
 
 STEPS = (0, 1, 2, 4, 8, 16)
@@ -168,7 +169,7 @@ def repetitive(bench: Bench, num_tokens: int) -> dict[str, str]:
     return {
         PLAIN_REPETITION: phrase * turns,
         "without spaces": phrase.replace(" ", "") * turns,
-        "zero-width characters between words": "".join(phrase.replace(" ", " " + "\u200b" * (i % 3)) for i in range(turns)),
+        "zero-width characters": "".join(phrase.replace(" ", " " + "\u200b" * (i % 3)) for i in range(turns)),
         "a counter": " ".join(f"step {i} is checked" for i in range(max(3, turns * 2))),
         "changing case": "".join(_case(phrase, i) for i in range(turns)),
         "paraphrases in turn": " ".join(variants[i % 4] for i in range(max(4, turns * 2))),
@@ -181,7 +182,7 @@ def _case(phrase: str, number: int) -> str:
 
 @probe("L8", "correlation of length and reward")
 def correlation(bench: Bench) -> Finding:
-    """Spearman's rho at ordinary lengths: at most 0 for right answers, within 0.1 of 0 for wrong ones."""
+    """Spearman's rho at ordinary lengths: at most 0.1 for right answers, within 0.1 of 0 for wrong ones."""
     rows = roomy_rows(bench)
     if not rows:
         return skip(_NO_ROOM)
@@ -193,7 +194,9 @@ def correlation(bench: Bench) -> Finding:
             answer = row.gold.text if right else row.gold.wrong
             attempts = [Attempt(row.problem, bench.padded(row, answer, n, i)) for i, n in enumerate(lengths)]
             (scored,) = bench.score_padded([attempts])
-            known = [(bench.length(a.text), s.reward) for a, s in zip(attempts, scored, strict=True) if s.reward is not None]
+            known = [
+                (bench.length(a.text), s.reward) for a, s in zip(attempts, scored, strict=True) if s.reward is not None
+            ]
             rho = spearman([n for n, _ in known], [reward for _, reward in known])
             if (rho > MAX_RHO) if right else (abs(rho) > MAX_RHO):
                 worst = max(worst, (rho, right), key=lambda pair: abs(pair[0]))
@@ -208,7 +211,7 @@ def correlation(bench: Bench) -> Finding:
     }[right, rho > 0]
     finding = Finding(
         "FAIL", f"rho {rho:+.2f} on {'right' if right else 'wrong'} answers alone: {lesson}",
-        advice="let length matter for right answers only (`gr3`, `l1_max`, objective.shaping: polarity_bonus)",
+        advice="let length matter for right answers only (`gr3`, `l1_max`, rewards.length_shaping)",
     )  # fmt: skip
     return shown(finding, hits, hits[-1], len(rows))
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import permutations, product
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...types import Problem
 from ..answers import gold_text, opens_thinking, parse_number, reference_answer
+from .solvers import WRONG_PROGRAM, countdown_row, json_answers, program_of, schema_of, solve, wrong_expression
 
 THOUGHT = "I work it out."
 GOLD_COLUMNS = ("answer", "solution", "ground_truth")
-MAX_SOLVED_NUMBERS = 5
-"""Countdown problems with more numbers are not solved by search."""
 MAX_GOLD_CHARS = 2000
 
 Reasoning = Literal["think", "prose", "none"]
-GoldKind = Literal["number", "expression", "text", "completion"]
+GoldKind = Literal["number", "expression", "text", "program", "json", "completion"]
 
 _FORMS: Mapping[str, tuple[str, str, str]] = {
     "boxed": ("\\boxed{", "}", "\\boxed"),
@@ -83,27 +79,35 @@ def styles_for(problem: Problem) -> list[Style]:
 
 
 def golds_of(
-    problems: Sequence[Problem], column: str | None, known: Mapping[str, str]
+    problems: Sequence[Problem], column: str | None, known: Mapping[str, str], schema: Any = None
 ) -> list[Gold | None]:
     """Return a right and a wrong answer for each problem; None where the row tells no right one.
 
-    `column` names the column with right answers (default: the usual ones, or a search for countdown rows); `known` are
-    whole completions by problem id, which take precedence.
+    `column` names the column with right answers; by default it is the usual one, and countdown, code and JSON rows have
+    ways of their own. `known` are whole completions by problem id, which take precedence. `schema` is that of
+    `json_schema` where rows have none.
     """
-    texts = [known.get(p.id) or _gold_text(p.row, column) for p in problems]
+    texts = [known.get(p.id) or _gold_text(p.row, column, schema) for p in problems]
     return [
-        None if text is None else _gold(problem, text, texts, whole=problem.id in known)
+        None if text is None else _gold(problem, text, texts, whole=problem.id in known, schema=schema)
         for problem, text in zip(problems, texts, strict=True)
     ]
 
 
-def _gold_text(row: Mapping[str, Any], column: str | None) -> str | None:
+def _gold_text(row: Mapping[str, Any], column: str | None, schema: Any) -> str | None:
     if column is not None:
         return gold_text(row.get(column))
     numbers, target = countdown_row(row)
     if numbers and target is not None:
         given = row.get("solution")
         return given if isinstance(given, str) else solve(numbers, target)
+    program = program_of(row)
+    if program is not None:
+        return program
+    described = schema_of(row, schema)
+    if described is not None:
+        pair = json_answers(described)
+        return None if pair is None else pair[0]
     for name in GOLD_COLUMNS:
         text = reference_answer(row.get(name))
         if text is not None:
@@ -111,13 +115,19 @@ def _gold_text(row: Mapping[str, Any], column: str | None) -> str | None:
     return None
 
 
-def _gold(problem: Problem, text: str, others: Sequence[str | None], *, whole: bool) -> Gold:
+def _gold(problem: Problem, text: str, others: Sequence[str | None], *, whole: bool, schema: Any) -> Gold:
     another = next((o for o in others if o is not None and differs(o, text)), None)
     if whole:
         return Gold(text, another or "", "completion")
     numbers, target = countdown_row(problem.row)
     if numbers and target is not None:
         return Gold(text, wrong_expression(numbers, target), "expression")
+    if program_of(problem.row) is not None:
+        return Gold(text, WRONG_PROGRAM, "program")
+    described = schema_of(problem.row, schema)
+    pair = None if described is None else json_answers(described)
+    if pair is not None:
+        return Gold(text, pair[1], "json")
     number = parse_number(text)
     if number is not None:
         return Gold(text, str(number.value + 1), "number")
@@ -136,69 +146,3 @@ def differs(one: str, other: str) -> bool:
 
 def _letters(text: str) -> str:
     return "".join(ch for ch in text.casefold() if ch.isalnum())
-
-
-def countdown_row(row: Mapping[str, Any]) -> tuple[list[int], int | None]:
-    """Return numbers and target of a countdown row, or ([], None)."""
-    pool = row.get("numbers", row.get("nums"))
-    listed = pool.tolist() if hasattr(pool, "tolist") else pool
-    target = row.get("target")
-    if not isinstance(listed, list | tuple) or isinstance(target, bool):
-        return [], None
-    try:
-        return [int(n) for n in listed], int(target)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return [], None
-
-
-_STEPS: Mapping[str, Callable[[Fraction, Fraction], Fraction]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-}  # fmt: skip
-
-
-def solve(numbers: Sequence[int], target: int) -> str | None:
-    """Return an expression with + - * / that uses each number once and equals the target; None if none is found."""
-    if len(numbers) > MAX_SOLVED_NUMBERS:
-        return None
-    found = _search([(Fraction(n), str(n)) for n in numbers], Fraction(target))
-    return None if found is None else found.removeprefix("(").removesuffix(")") if len(numbers) > 1 else found
-
-
-def _search(terms: list[tuple[Fraction, str]], target: Fraction) -> str | None:
-    if len(terms) == 1:
-        return terms[0][1] if terms[0][0] == target else None
-    for i, j in permutations(range(len(terms)), 2):
-        (a, left), (b, right) = terms[i], terms[j]
-        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-        for sign, step in _STEPS.items():
-            if (sign in "+*" and i > j) or (sign == "/" and not b):
-                continue
-            found = _search([*rest, (step(a, b), f"({left} {sign} {right})")], target)
-            if found is not None:
-                return found
-    return None
-
-
-def wrong_expression(numbers: Sequence[int], target: int) -> str:
-    """Return an expression that obeys the rules of countdown and misses the target."""
-    for signs in product("+*-", repeat=len(numbers) - 1):
-        value, text = Fraction(numbers[0]), str(numbers[0])
-        for sign, number in zip(signs, numbers[1:], strict=True):
-            value, text = _STEPS[sign](value, Fraction(number)), f"({text} {sign} {number})"
-        if value != target:
-            return text.removeprefix("(").removesuffix(")") if len(numbers) > 1 else text
-    return f"{numbers[0]} + 1"
-
-
-FORBIDDEN: Sequence[tuple[tuple[int, ...], int, str]] = (
-    ((2, 3, 1), 9, "2**3+1"), ((5, 0, 7), 8, "5**0+7"), ((7, 2, 1), 4, "7//2+1"), ((2, 5), 4, "2/.5"),
-    ((17, 9), 17, "17.000009"), ((1, 2, 3), 9, "12-3"), ((2, 3, 4), 4, "(2,3,4)[2]"), ((8, 3), 5, "8-3 #"),
-)  # fmt: skip
-"""(numbers, target, expression that reaches it by what countdown does not allow, and by nothing that it does allow)."""
-
-
-def with_numbers(problem: Problem, numbers: Sequence[int], target: int) -> Problem:
-    """Return a countdown problem with other numbers; the rest of its row stays."""
-    pool = "numbers" if "numbers" in problem.row else "nums"
-    row = {**problem.row, pool: list(numbers), "target": target}
-    return replace(problem, id=f"{problem.id} with {list(numbers)} and {target}", row=row)

@@ -1,4 +1,4 @@
-"""Probes by id, what they find, and how most of them judge: nothing but a right answer may earn more than a wrong one."""
+"""Probes by id, what they find, and how most judge: only a right answer may earn more than a wrong one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...types import ScoredRollout
-from .bench import TOLERANCE, Attempt, Bench, Row
+from .bench import TOLERANCE, Bench
+from .records import Attempt, Row
 
 Severity = Literal["FAIL", "WARN", "REPORT", "SKIP", "OK"]
 SEVERITIES: tuple[Severity, ...] = ("FAIL", "WARN", "REPORT", "SKIP", "OK")
@@ -47,6 +48,8 @@ class Probe:
     title: str
     run: Callable[[Bench], Finding]
     needs_gold: bool
+    task: str
+    """What it needs of the lab; empty for nothing."""
 
 
 PROBES: dict[str, Probe] = {}
@@ -59,13 +62,13 @@ FAMILIES = {
 
 
 def probe(
-    identity: str, title: str, *, needs_gold: bool = True
+    identity: str, title: str, *, needs_gold: bool = True, task: str = ""
 ) -> Callable[[Callable[[Bench], Finding]], Callable[[Bench], Finding]]:
     """Register a probe. One that `needs_gold` is skipped where no row has a completion that is known to be right."""
 
     def register(run: Callable[[Bench], Finding]) -> Callable[[Bench], Finding]:
         assert identity not in PROBES, f"probe {identity} is there twice"
-        PROBES[identity] = Probe(identity, FAMILIES[identity[0]], title, run, needs_gold)
+        PROBES[identity] = Probe(identity, FAMILIES[identity[0]], title, run, needs_gold, task)
         return run
 
     return register
@@ -109,9 +112,7 @@ def must_not_pay(
     if not attempts:
         return skip("no row has an answer that this can be tried with")
     scored = bench.score(attempt for _, attempt in attempts)
-    hits = [
-        Hit(row, attempt, one) for (row, attempt), one in zip(attempts, scored, strict=True) if is_paid(bench, one)
-    ]
+    hits = [Hit(row, attempt, one) for (row, attempt), one in zip(attempts, scored, strict=True) if is_paid(bench, one)]
     tried = len({row.problem.id for row, _ in attempts})
     rewards = [one.reward for one in scored if one.reward is not None]
     highest = max(rewards, default=None)
@@ -125,9 +126,7 @@ def must_not_pay(
     return shown(Finding("WARN" if few else worst, said, advice=advice, max_score=highest), hits, best, tried)
 
 
-def keeps_form(
-    bench: Bench, texts: Sequence[str], *, advice: str, thinking: bool = False
-) -> Finding | None:
+def keeps_form(bench: Bench, texts: Sequence[str], *, advice: str, thinking: bool = False) -> Finding | None:
     """Return a failure where a function that judges the form alone gives its full mark to one of these texts.
 
     It judges the form if it is of kind `format`, or of kind `other` and gives right and wrong answers the same; with

@@ -101,9 +101,8 @@ def print_report(report: Report, console: Console) -> None:
     for item in report.lint:
         console.print(f"lint {item['severity']}: {item['said']}\n  change: {item['advice']}", markup=False)
     table = Table(show_lines=False, pad_edge=False, box=None)
-    for title, justify in (("probe", "left"), ("what is tried", "left"), ("", "left"), ("rows", "right"), ("max", "right")):
-        table.add_column(title, justify=justify, no_wrap=title != "what is tried")  # type: ignore[arg-type]
-    table.add_column("found")
+    for title in ("probe", "what is tried", "", "rows", "max", "found"):
+        table.add_column(title, justify="right" if title in ("rows", "max") else "left")
     for probe, finding in report.findings:
         rows = f"{finding.rows}/{finding.of}" if finding.of else ""
         highest = "" if finding.max_score is None else f"{finding.max_score:.3g}"
@@ -115,8 +114,8 @@ def print_report(report: Report, console: Console) -> None:
             _print_detail(probe, finding, console)
     counted = ", ".join(f"{count} {severity}" for severity, count in report.counts.items() if count)
     console.print(
-        f"{len(report.findings)} probes: {counted}; {report.num_scored} completions scored on {report.num_rows} rows in "
-        f"{report.seconds:.1f} s",
+        f"{len(report.findings)} probes: {counted}; {report.num_scored} completions scored on {report.num_rows} rows "
+        f"in {report.seconds:.1f} s",
         markup=False, highlight=False,
     )  # fmt: skip
 
@@ -132,5 +131,3 @@ def _print_detail(probe: Probe, finding: Finding, console: Console) -> None:
 
 def _printable(text: str) -> str:
     return "".join(ch if ch.isprintable() else " " for ch in text)
-
-

@@ -7,30 +7,31 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..combine import Outcome, combine
-from .bench import TOLERANCE, Attempt, Bench
+from .bench import CHARS_PER_TOKEN, TOLERANCE, Bench
 from .laboratory import damaged_attempts
-from .reference import with_numbers
+from .records import Attempt
 from .registry import Finding, ok, probe, skip
+from .solvers import with_numbers
 from .texts import bulky, hostile_answers
 
 HANG_LIMIT_S = 2.0
-MAX_HANGS = 5
+MAX_HANGS = 3
 """After so many the probe ends: every one of them costs a worker."""
 MAX_GROWTH_BYTES = 256 << 20
 COST_PER_STEP_S = 0.5
 """What scoring may cost in a step before it is worth a warning: 5 % of a step of ten seconds."""
-CHUNK = 8
+CHUNK = 4
 
 _BOUND = "bound length, depth, digits and exponents before parsing, and never evaluate an answer"
 
 
 @probe("R1", "texts that stall or crash a parser", needs_gold=False)
 def hostile(bench: Bench) -> Finding:
-    """Each answer on its own and in the asked form, each bulky completion as it is, with a limit of two seconds a call."""
+    """Each answer on its own and in the asked form, each bulky completion as it is; two seconds a call."""
     attempts = list(_hostile_attempts(bench))
     hangs: list[tuple[Attempt, str]] = []
     deaths: list[tuple[Attempt, str]] = []
-    slowest = 0.0
+    slowest, tried = 0.0, 0
     with bench.with_limit(HANG_LIMIT_S) as quick:
         for start in range(0, len(attempts), CHUNK):
             part = attempts[start : start + CHUNK]
@@ -41,13 +42,17 @@ def hostile(bench: Bench) -> Finding:
                         hangs.append((attempt, reason))
                     elif "died" in reason:
                         deaths.append((attempt, reason))
-            slowest = max(slowest, time.monotonic() - begin)
+            slowest, tried = max(slowest, time.monotonic() - begin), tried + len(part)
             if len(hangs) + len(deaths) >= MAX_HANGS:
                 break
     if hangs or deaths:
-        attempt, reason = (hangs or deaths)[0]
+        reach = CHARS_PER_TOKEN * bench.setting.max_completion_length
+        within = [(attempt, reason) for attempt, reason in (*hangs, *deaths) if len(attempt.text) <= reach]
+        attempt, reason = (within or [*hangs, *deaths])[0]
+        beyond = "" if within else ", all longer than a completion of this run can be"
         return Finding(
-            "FAIL", f"{len(hangs)} hangs and {len(deaths)} dead workers in {start + len(part)} texts: {reason}",
+            "FAIL" if within else "WARN",
+            f"{len(hangs)} hangs and {len(deaths)} dead workers in {tried} texts{beyond}: {reason}",
             rows=1, of=1, example=attempt.text, problem=attempt.problem.id, advice=_BOUND,
         )  # fmt: skip
     return ok(f"{len(attempts)} texts, slowest {CHUNK} together {slowest:.1f} s", of=1)
@@ -56,17 +61,17 @@ def hostile(bench: Bench) -> Finding:
 def _hostile_attempts(bench: Bench) -> Iterator[Attempt]:
     row = next(iter(bench.sound_rows or bench.rows), None)
     problem = row.problem if row else bench.setting.problems[0]
+    if row and row.gold.kind == "expression":  # a text of other numbers may be refused before it is evaluated
+        nines = with_numbers(problem, (9, 9, 9), 81)
+        yield from (Attempt(nines, row.write(text)) for text in ("9**9**9", "9**(9**9)"))
     for text in hostile_answers():
         yield Attempt(problem, text)
         yield Attempt(problem, row.write(text) if row else rf"\boxed{{{text}}}")
     for text in bulky():
         yield Attempt(problem, text)
-    if row and row.gold.kind == "expression":  # a text of other numbers may be refused before it is evaluated
-        nines = with_numbers(problem, (9, 9, 9), 81)
-        yield from (Attempt(nines, row.write(text)) for text in ("9**9**9", "9**(9**9)"))
 
 
-@probe("R2", "memory over a thousand calls", needs_gold=False)
+@probe("R2", "memory over a thousand calls", needs_gold=False, task="growth")
 def growth(bench: Bench) -> Finding:
     """Growth of the process that scores, after a first round."""
     found = bench.lab.result("growth")
@@ -78,7 +83,7 @@ def growth(bench: Bench) -> Finding:
     return ok(said)
 
 
-@probe("R3", "time per completion", needs_gold=False)
+@probe("R3", "time per completion", needs_gold=False, task="latency")
 def latency(bench: Bench) -> Finding:
     """p50, p99 and what a step costs with the run's workers, which score while others still decode."""
     taken = bench.lab.result("latency")
@@ -94,7 +99,7 @@ def latency(bench: Bench) -> Finding:
     return Finding("REPORT", said)
 
 
-@probe("R4", "rows with a column missing, empty or NaN", needs_gold=False)
+@probe("R4", "rows with a column missing, empty or NaN", needs_gold=False, task="columns")
 def damaged_rows(bench: Bench) -> Finding:
     """On such a row, nothing and garbage must not be paid; the right answer may be, where the column is not read."""
     found = bench.lab.result("columns")
@@ -140,7 +145,7 @@ def _outcome(text: str) -> Outcome:
 
 @probe("R5", "exceptions", needs_gold=False)
 def exceptions(bench: Bench) -> Finding:
-    """Everything that was unscored in this audit, by reason; runs last of its family."""
+    """Everything that was unscored in this audit, by reason; runs last of all."""
     if not bench.failures:
         return ok(f"none in {bench.num_scored} completions")
     kinds: Counter[str] = Counter()
@@ -155,5 +160,3 @@ def exceptions(bench: Bench) -> Finding:
 
 def _unfinished(bench: Bench) -> Finding:
     return Finding("FAIL", bench.lab.trouble, advice="a function must not hang or end its process")
-
-

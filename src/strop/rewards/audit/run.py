@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 
 from ...errors import RewardError
 from ..options import nearest
-from . import batch, determinism, full, group, length, robustness, security, zero
-from .bench import Bench, Setting, open_pool
+from . import batch, determinism, full, group, hedge, length, robustness, security, zero
+from .bench import Bench, open_pool
+from .records import Setting
 from .registry import FAMILIES, PROBES, Finding, Probe, skip
 from .report import FunctionFacts, Report
 
-MODULES = (zero, full, length, group, batch, robustness, determinism, security)
+MODULES = (zero, hedge, full, length, group, batch, robustness, determinism, security)
 """Importing them registers their probes."""
 LAST = ("R5",)
 """Probes that speak of everything before them."""
@@ -58,6 +59,7 @@ def run_audit(
     with open_pool(setting) as pool:
         pool.wait_ready()
         bench = Bench(setting, pool)
+        bench.lab_tasks = frozenset(probe.task for probe in probes)
         bench.find_references()
         found: dict[str, Finding] = {}
         for probe in sorted(probes, key=lambda probe: probe.id in LAST):

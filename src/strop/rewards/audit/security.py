@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .bench import Attempt, Bench
+from .bench import Bench
+from .records import Attempt
 from .registry import Finding, ok, probe
 from .texts import CODE_FORMS, DATA_FORMS
 
@@ -42,4 +43,6 @@ def _inert(bench: Bench, forms: Mapping[str, Callable[[Path], str]], advice: str
     if not made:
         return ok(f"{len(forms)} forms in 4 places")
     names = ", ".join(dict.fromkeys(name for name, _ in made))
-    return Finding("FAIL", f"was run: {names}", rows=1, of=1, example=made[0][1].text, problem=problem.id, advice=advice)
+    return Finding(
+        "FAIL", f"was run: {names}", rows=1, of=1, example=made[0][1].text, problem=problem.id, advice=advice
+    )
