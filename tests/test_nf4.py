@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from records import scored
 from test_engines import generate, nudge, problems, sampler_logprobs, trainer_logprobs
 
 from strop.config import ModelConfig
+from strop.config_load import load_config
 from strop.engine import vllm_compat
 from strop.engine.base import EngineSettings
 from strop.engine.transformers_engine import TransformersEngine
@@ -32,11 +34,15 @@ from strop.policy.policy import Policy, check_packed_forward
 from strop.quant import int8, nf4, products
 from strop.quant.bnb import merged
 from strop.seeding import rollout_requests
-from strop.trainer.parts import move_buffers
+from strop.trainer.parts import _model_and_engine, move_buffers, prepare
 from strop.types import MicroBatch, Rollout, Sample
 from strop.weights import SharedWeights, alias_parameters
 
-bitsandbytes = pytest.importorskip("bitsandbytes.functional")
+
+@pytest.fixture(scope="session")
+def bnb() -> Any:
+    """bitsandbytes' own functions, which ours are compared with; it runs on a CPU too."""
+    return pytest.importorskip("bitsandbytes.functional")
 
 
 def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -47,14 +53,14 @@ def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (96, 576), (130, 256)])
-def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
+def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int], bnb: Any) -> None:
     w = weight(*shape)
     w[0] = 0  # a block without a scale
-    packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
     ours, theirs = nf4.quantize(w), nf4.from_bitsandbytes(packed, state.absmax, shape)
     torch.testing.assert_close(ours.packed, theirs.packed, rtol=0, atol=0)
     torch.testing.assert_close(ours.absmax, theirs.absmax, rtol=0, atol=0)
-    reference = bitsandbytes.dequantize_4bit(packed, state)
+    reference = bnb.dequantize_4bit(packed, state)
     # Three roundings to half a unit in the last place each; the four bits themselves are off by 9 %.
     for dtype, most in ((torch.float32, 2**-11), (torch.float16, 3 * 2**-11), (torch.bfloat16, 3.02 * 2**-8)):
         gap = nf4.dequantize(ours, dtype).float() - reference
@@ -343,7 +349,7 @@ def test_gradients_are_those_of_the_unpacked_model() -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
-def packed_checkpoint(kind: str, *, kept: tuple[str, ...], nested: bool) -> Path:
+def packed_checkpoint(bnb: Any, kind: str, *, kept: tuple[str, ...], nested: bool) -> Path:
     """Write a model as bitsandbytes and transformers store one in 4 bits."""
     from safetensors.torch import load_file, save_file
 
@@ -355,7 +361,7 @@ def packed_checkpoint(kind: str, *, kept: tuple[str, ...], nested: bool) -> Path
         if not layer.endswith("_proj") or any(k in layer.split(".") or layer.startswith(k) for k in kept):
             stored[name] = tensor
             continue
-        packed, state = bitsandbytes.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=nested)
+        packed, state = bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=nested)
         stored[name] = packed
         stored |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
@@ -369,9 +375,9 @@ def packed_checkpoint(kind: str, *, kept: tuple[str, ...], nested: bool) -> Path
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_is(nested: bool) -> None:
+def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_is(nested: bool, bnb: Any) -> None:
     kept = ("lm_head", "model.layers.1.mlp", "model.layers.0.self_attn.k_proj")
-    built = quantised_rig(packed_checkpoint("llama", kept=kept, nested=nested))
+    built = quantised_rig(packed_checkpoint(bnb, "llama", kept=kept, nested=nested))
     assert built.source.packed
     assert built.source.kept_modules == kept
     rollouts = generate(built, rollout_requests(problems(2), 2, run_seed=0, step=0))
@@ -391,15 +397,15 @@ def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_is(nested: bool) -> None:
     built.engine.close()
 
 
-def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them() -> None:
+def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them(bnb: Any) -> None:
     w = weight(160, 256)
-    packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     tensors = [("a.weight", packed), *((f"a.weight.{k}", v) for k, v in state.as_dict(packed=True).items())]
     for order in (tensors, tensors[::-1]):
         ((name, _, ours),) = merged(order)
         assert name == "a.weight"
         assert ours is not None
-        reference = bitsandbytes.dequantize_4bit(packed, state)
+        reference = bnb.dequantize_4bit(packed, state)
         assert (nf4.dequantize(ours, torch.float32) - reference).abs().max() < 2e-3 * reference.abs().max()
     with pytest.raises(ValueError, match=r"lacks .*absmax"):
         list(merged(tensors[:1]))
@@ -408,8 +414,8 @@ def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them() -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_packed_checkpoint_needs_the_setting() -> None:
-    folder = packed_checkpoint("llama", kept=(), nested=False)
+def test_a_packed_checkpoint_needs_the_setting(bnb: Any) -> None:
+    folder = packed_checkpoint(bnb, "llama", kept=(), nested=False)
     with pytest.raises(ModelError, match="stored quantised") as caught:
         open_model(str(folder))
     assert "nf4" in str(caught.value)
@@ -450,3 +456,23 @@ def test_without_vllm_the_same_weights_are_packed() -> None:
     for name, module in model.named_modules():
         if isinstance(module, Nf4Linear):
             assert torch.equal(module.packed, whole[name.removesuffix(".base")].packed)
+
+
+def test_the_trainer_may_hold_a_second_copy(tmp_path: Path) -> None:
+    config = load_config({
+        "model": {"path": str(tiny_model("llama")), "dtype": "float32", "quantization": "nf4", "share_weights": "copy"},
+        "lora": {"r": 8}, "task": {"name": "arithmetic", "max_prompt_length": 64}, "run": {"out": str(tmp_path)},
+        "rollout": {"num_prompts": 2, "num_generations": 2, "max_completion_length": 24},
+    })  # fmt: skip
+    notes: list[str] = []
+    prepared = prepare(config)
+    model, engine = _model_and_engine(prepared, notes.append)
+    policy = Policy(model, 1.0, lora.inject(model, r=8, alpha=32, target_modules=TARGETS, seed=0))
+    built = Rig(prepared.source, engine, policy, SharedWeights(policy, engine), {})
+    nudge(built)
+    built.weights.publish()
+    rollouts = generate(built, rollout_requests(problems(2, tokens=20), 2, run_seed=0, step=0))
+    assert (trainer_logprobs(built, rollouts) - sampler_logprobs(rollouts)).abs().max() < 5e-5
+    assert built.weights.unshared_bytes() > 0
+    assert any("second time" in note for note in notes)
+    engine.close()

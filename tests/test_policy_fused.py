@@ -12,6 +12,7 @@ from test_policy import CONFIGS, SHAPES, TARGETS, VOCAB, assert_same, gradients,
 from strop.objective.packing import halved, pack
 from strop.policy import attention, flash, lora
 from strop.policy.attention import PackedLayout, attend, attend_backward
+from strop.policy.linears import MAX_FUSED_RANK
 from strop.policy.logprobs import token_logprobs
 from strop.policy.policy import Policy, check_packed_forward
 from strop.types import MicroBatch
@@ -49,6 +50,22 @@ def test_fused_blocks_compute_what_the_plain_layers_compute(kind: str, adapters:
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=2e-5)
     assert_same(gradients(ours, batches), gradients(plain, batches))
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank"),
+    [(("q_proj", "v_proj"), 4), (("gate_proj",), 4), (("k_proj", "up_proj", "down_proj"), 4), (TARGETS, 80)],
+)
+def test_any_choice_of_layers_and_rank_is_fused(targets: tuple[str, ...], rank: int) -> None:
+    """Layers without an adapter beside such with one, and ranks above what the gated product adds on its way."""
+    assert rank in (4, MAX_FUSED_RANK + 16)
+    built = []
+    for fuse in (False, True):
+        net = model("qwen2")
+        built.append(Policy(net, 0.7, lora.inject(net, r=rank, alpha=8.0, target_modules=targets, seed=0), fuse=fuse))
+        shake(built[-1])
+    batches = pack(samples(), 60)
+    assert_same(gradients(built[1], batches), gradients(built[0], batches))
 
 
 def test_weights_that_lie_in_one_tensor_are_used_as_one() -> None:

@@ -32,8 +32,8 @@ class EngineSettings:
     lora_rank: int
     """0: no adapter."""
     lora_target_modules: tuple[str, ...]
-    runner: Literal["v1", "v2"] = "v1"
-    """vLLM's model runner; on a CPU only `v1`."""
+    runner: Literal["v1", "v2"] | None = None
+    """vLLM's model runner; None: the one that is chosen for the device."""
     release_kv: bool = False
     """Keep the KV cache in memory that `release_memory` gives back."""
     deterministic: bool = False
@@ -85,6 +85,11 @@ class Engine(Protocol):
 
     def adapter_slots(self) -> Mapping[str, AdapterSlot]:
         """Return the resident adapter's storage by transformers' module name; empty without an adapter."""
+        ...
+
+    @property
+    def releasable_bytes(self) -> int:
+        """Bytes that `release_memory` gives back."""
         ...
 
     def release_memory(self) -> None:

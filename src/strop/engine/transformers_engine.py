@@ -107,6 +107,11 @@ class TransformersEngine:
         """Return nothing: the adapter modules are part of the model."""
         return {}
 
+    @property
+    def releasable_bytes(self) -> int:
+        """0: keys and values live in a rollout alone."""
+        return 0
+
     def release_memory(self) -> None:
         """Nothing is held between rollouts."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import EngineError, MemoryExhaustedError
+from ..errors import EngineError, MemoryExhaustedError, StropError
 from ..types import Request, Rollout, Sampling
 from . import vllm_compat, vllm_lora, vllm_weights
 from .base import AdapterSlot, EngineSettings, Progress, make_rollout
@@ -48,11 +48,21 @@ class VllmEngine:
 
         Raises EngineError with what vLLM said.
         """
+        import torch
+
         self._settings, self._decode, self._device, self._note = settings, decode, device, note
         self._pool: KvPool | None = None
-        vllm_compat.patch(device, settings.runner, deterministic=settings.deterministic)
+        self._which = settings.runner or vllm_compat.RUNNERS[device]
+        vllm_compat.patch(device, self._which, deterministic=settings.deterministic)
         try:
             self._llm = self._build()
+        except torch.OutOfMemoryError as e:
+            raise MemoryExhaustedError(
+                f"the card has too little memory to load `{settings.model_path}` with its KV cache: {e}",
+                hint="run.vram_gib: raise it; or rollout.max_num_seqs: decode fewer completions at a time",
+            ) from e
+        except StropError:
+            raise
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as e:
             raise EngineError(
                 f"vLLM cannot load `{settings.model_path}`: {e}",
@@ -62,7 +72,9 @@ class VllmEngine:
         self._core: Any = client.engine_core
         self._scheduler: Any = self._core.scheduler
         self._runner: Any = self._core.model_executor.driver_worker.worker.model_runner
-        vllm_compat.assert_runner(self._runner, device, settings.runner)
+        vllm_compat.assert_runner(self._runner, device, self._which)
+        if reason := getattr(self._runner, "not_whole", None):
+            note(f"decode steps run slower than they could: {reason}")
         self._adapter_request: Any = None
         self._slot = -1
         if settings.lora_rank:
@@ -87,7 +99,7 @@ class VllmEngine:
         from .vllm_memory import KvPool, install
 
         self._pool = KvPool()
-        uninstall = install(self._pool, self._settings.runner)
+        uninstall = install(self._pool, self._which)
         try:
             return LLMEngine.from_engine_args(args)
         finally:

@@ -30,17 +30,20 @@ from ..quant.bnb import merged
 METHOD = "strop_nf4"
 _PIECE = 16 << 20
 """Values of a weight that are quantised at a time; some fifty bytes each are needed for it."""
+_SETTINGS = ("linear", "kept", "head", "embedding", "random", "most")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 
-def arguments(*, linear: bool, kept: Sequence[str], head: str, embedding: str, random: bool) -> dict[str, Any]:
+def arguments(
+    *, linear: bool, kept: Sequence[str], head: str, embedding: str, random: bool, most: int
+) -> dict[str, Any]:
     """Return what EngineArgs needs to load a 16-bit or bitsandbytes checkpoint by this method.
 
     `linear` asks for NF4 in the linear layers except those in `kept`; `head` is `16bit` or `int8`, `embedding` `card`,
-    `host` or `int8`; `random` fills in random weights.
+    `host` or `int8`; `random` fills in random weights; `most` tokens are decoded at a time.
     """
     settings = {"quant_method": METHOD, "linear": linear, "kept": list(kept), "head": head, "embedding": embedding,
-                "random": random}  # fmt: skip
+                "random": random, "most": most}  # fmt: skip
 
     def override(config: Any) -> Any:
         config.quantization_config = dict(settings)
@@ -53,9 +56,11 @@ def arguments(*, linear: bool, kept: Sequence[str], head: str, embedding: str, r
 class StropNf4Config(QuantizationConfig):
     """Which layers are quantised, and how."""
 
-    def __init__(self, *, linear: bool, kept: Sequence[str], head: str, embedding: str, random: bool) -> None:
+    def __init__(
+        self, *, linear: bool, kept: Sequence[str], head: str, embedding: str, random: bool, most: int
+    ) -> None:
         super().__init__()
-        self.linear, self.kept = linear, frozenset(kept)
+        self.linear, self.kept, self.most = linear, frozenset(kept), most
         self.head, self.embedding, self.random = head, embedding, random
 
     def get_name(self) -> Any:
@@ -79,12 +84,12 @@ class StropNf4Config(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> StropNf4Config:
         """Build from what `arguments` put into the model's config."""
-        return cls(**{key: config[key] for key in ("linear", "kept", "head", "embedding", "random")})
+        return cls(**{key: config[key] for key in _SETTINGS})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return a layer's method; None leaves it to vLLM."""
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if self.skips(prefix) else Nf4LinearMethod(self.random)
+            return UnquantizedLinearMethod() if self.skips(prefix) else Nf4LinearMethod(self.random, self.most)
         if isinstance(layer, ParallelLMHead):
             return Int8Rows(self.random) if self.head == "int8" else None
         if isinstance(layer, VocabParallelEmbedding):
@@ -117,8 +122,8 @@ def _is_named(path: str, names: frozenset[str]) -> bool:
 class Nf4LinearMethod(LinearMethodBase):
     """A linear layer, fused or not, with its weight in NF4."""
 
-    def __init__(self, random: bool) -> None:
-        self._random = random
+    def __init__(self, random: bool, most: int) -> None:
+        self._random, self._most = random, most
 
     def create_weights(
         self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int],
@@ -152,7 +157,7 @@ class Nf4LinearMethod(LinearMethodBase):
             held.nf4.absmax.uniform_(0.0, 0.05)
         elif held.nf4_missing:
             raise ValueError(f"{held.nf4_missing} rows of `{held.prefix}` are not in the checkpoint")
-        products.prepare(held.nf4, held.nf4_dtype, held.bias)
+        products.prepare(held.nf4, held.nf4_dtype, held.bias, self._most)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x W^T + bias."""

@@ -72,6 +72,8 @@ class RolloutRunner(GPUModelRunner):
         self._under_way: list[str] | None = None
         self._controls = self._results = 0
         """Turns of the rings."""
+        self.not_whole: str | None = None
+        """Why decode steps are not one graph each."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as vLLM does, then stack the adapter's factors."""
@@ -96,9 +98,21 @@ class RolloutRunner(GPUModelRunner):
     @torch.inference_mode()
     def capture_model(self) -> int:
         """Capture whole decode steps; where a model needs more than that, vLLM's graphs of the model alone."""
-        if not self._one_graph_suffices():
-            return super().capture_model()
-        before = torch.cuda.mem_get_info()[0]
+        if self._one_graph_suffices():
+            before = torch.cuda.mem_get_info()[0]
+            try:
+                self._capture()
+                self._compare_with_eager()
+                return before - torch.cuda.mem_get_info()[0]
+            except Exception as e:
+                # What fails here would fail in every step; vLLM's own way is slower and does not depend on it.
+                self.not_whole = f"a decode step as one CUDA graph failed ({type(e).__name__}: {str(e)[:300]})"
+                self._graphs.clear()
+        else:
+            self.not_whole = "this model's attention needs more than one kind of KV cache, or inputs of its own"
+        return super().capture_model()
+
+    def _capture(self) -> None:
         device, rows = self.device, self.max_num_reqs
         self._drawing = Drawing(rows, self.vocab_size, device)
         self._control = torch.zeros(1 + rows, dtype=torch.int32, device=device)
@@ -115,11 +129,32 @@ class RolloutRunner(GPUModelRunner):
                 self._graphs[size] = graph
         ascending = sizes[::-1]
         self._size_of = [next(s for s in ascending if s >= max(n, 1)) for n in range(rows + 1)]
-        self.req_states.last_sampled_tokens.zero_()
-        torch.cuda.synchronize()
-        return before - torch.cuda.mem_get_info()[0]
+
+    def _compare_with_eager(self) -> None:
+        """Replay a greedy step and check its token and log-probability against plain torch; raises where they differ."""
+        state, size = self.req_states, self._size_of[1]
+        state.num_computed_tokens.gpu[0] = 0
+        state.last_sampled_tokens[0] = 7
+        self._drawing.temperatures[0] = 0.0
+        self._graphs[size].replay()
+        token = int(self._drawing.result[0, 0])
+        logprob = float(self._drawing.result[1, :1].view(torch.float32))
+        state.num_computed_tokens.gpu[0] = 0
+        state.last_sampled_tokens[0] = 7
+        logits = self._logits(size)[0].float()
+        expected = torch.log_softmax(logits, dim=-1)
+        self._drawing.temperatures[0] = 1.0
+        state.last_sampled_tokens.zero_()
+        best = float(expected.max())
+        if not (abs(float(expected[token]) - best) < 1e-2 and abs(logprob - best) < 1e-2):
+            raise RuntimeError(
+                f"the graph drew token {token} at {logprob:.4f}, the largest log-probability is {best:.4f}"
+            )
 
     def _decode(self, size: int) -> None:
+        self._drawing(self._logits(size), self._control, self)
+
+    def _logits(self, size: int) -> torch.Tensor:
         prepare(size, self._control, self)
         slots = self.block_tables.slot_mappings[:, :size]
         metadata = build_attn_metadata(
@@ -141,7 +176,7 @@ class RolloutRunner(GPUModelRunner):
             hidden = self.model(
                 input_ids=self.input_buffers.input_ids[:size], positions=self.input_buffers.positions[:size]
             )
-        self._drawing(self.model.compute_logits(hidden), self._control, self)
+        return self.model.compute_logits(hidden)
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Take in new requests; their seeds and temperatures also go where whole steps read them."""

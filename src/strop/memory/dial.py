@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-SETTLING_PHASES = 4
+SETTLING_PHASES = 6
 """Phases during which bytes beside torch are measured again: kernels are loaded when they are first used."""
 
 

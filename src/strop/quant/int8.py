@@ -61,5 +61,7 @@ def input_gradient(grad_MN: torch.Tensor, weight: Int8, out: torch.Tensor) -> to
     wide = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for start in range(0, n, PIECE_ROWS):
         part = weight.rows(start, start + PIECE_ROWS)
-        wide += grad_MN[:, start : start + PIECE_ROWS] @ dequantize(part, grad_MN.dtype)
+        # The integers are exact in 16 bits, so only the scaled gradient is rounded.
+        scaled = (grad_MN[:, start : start + PIECE_ROWS] * part.scale).to(grad_MN.dtype)
+        wide += scaled @ part.values.to(grad_MN.dtype)
     return out.copy_(wide)

@@ -235,11 +235,12 @@ def _card(device: torch.device) -> tuple[int, int]:
 
 def choose(m: int, n: int, groups: int, processors: int, shared_memory: int) -> dict[str, Any]:
     """Return the tile sizes and splits for a shape, by what `bench/nf4_decode.py sweep` found."""
-    small = m <= 64 or shared_memory < 120_000  # three stages of 128 x 128 tiles are 115 KB
+    # Three stages of 128 x 128 tiles are 115 KB, which consumer cards do not have.
+    small = m <= 64 or shared_memory < 120_000
     bm = 16 if m <= 16 else 32 if m <= 32 else 64 if small else 128
-    bn = 64 if small else 128
+    bn = 64 if small or n * groups < 50_000 else 128
     tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
-    wanted = processors * (4 if m <= 32 else 2)
+    wanted = int(processors * (4 if m <= 32 else 2 if m <= 64 else 1.25))
     splits = max(1, min((wanted + tiles // 2) // tiles, groups // 3))
     return {"BM": bm, "BN": bn, "splits": splits, "warps": 4, "stages": 3, "asm": True}
 

@@ -67,13 +67,18 @@ def has_kernels(x: torch.Tensor) -> bool:
 _PREPARED: set[tuple[int, int, torch.dtype, bool]] = set()
 
 
-def prepare(weight: nf4.Nf4, dtype: torch.dtype, bias: torch.Tensor | None) -> None:
-    """Compile the kernels for a weight's shape and allocate what they keep: neither can be done in a CUDA graph."""
+def prepare(weight: nf4.Nf4, dtype: torch.dtype, bias: torch.Tensor | None, most: int) -> None:
+    """Compile the kernels for a weight's shape and up to `most` tokens, and allocate what they keep.
+
+    Neither can be done inside a CUDA graph.
+    """
     key = (weight.out_features, weight.in_features, dtype, bias is not None)
     if key in _PREPARED or not weight.packed.is_cuda or dtype == torch.float32:
         return
     _PREPARED.add(key)
-    for tokens in (16, 32, 64, FUSED_TOKENS, FUSED_TOKENS + 1):
+    steps = (16, 32, 64, FUSED_TOKENS, FUSED_TOKENS + 1)
+    # One step more than fits, since `most` lies inside it.
+    for tokens in steps[: 1 + sum(step < most for step in steps)]:
         linear(torch.zeros(tokens, weight.in_features, dtype=dtype, device=weight.packed.device), weight, bias)
 
 

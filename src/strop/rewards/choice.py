@@ -39,9 +39,9 @@ def mcq(
 
     `answer` is a letter, the text of a choice, or an index that counts from the option `first_index` (0). `choices` is
     a list of texts, or `{"text": [...], "label": [...]}` with letters or numbers as labels; with it, letters end at the
-    last choice and the text of a choice may stand beside or instead of its letter. The choice is read from `\boxed{C}`, from lines `Answer: C`, or is
-    all of the answer. Every box and every such line has to name the same choice: `A or B` and one line per letter are
-    wrong. Of a truncated completion only closed boxes count.
+    last choice and the text of a choice may stand beside or instead of its letter. The choice is read from `\boxed{C}`,
+    from lines `Answer: C`, or is all of the answer. Every box and every such line has to name the same choice: `A or B`
+    and one line per letter are wrong. Of a truncated completion only closed boxes count.
     """
     listed = choices if choices is not None else [None] * len(completions)
     return [

@@ -62,7 +62,7 @@ class Parts:
         """Give the memory of the engine's KV cache to training inside the block, where the plan says so."""
         self.engine.release_memory()
         if self.dial is not None:
-            self.dial.training(self.plan.kv_cache_bytes if self.plan.release_kv else 0)
+            self.dial.training(self.engine.releasable_bytes)
         with deterministic_kernels(self.config.run.deterministic and self.plan.device == "cuda"):
             yield
         if self.dial is not None:
@@ -157,6 +157,8 @@ def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> 
         adapters = {}
         model, engine = _model_and_engine(prepared, note)
         stack.callback(engine.close)
+        if dial is not None:
+            dial.rollouts()  # with what loading has put on the card beside torch
         if config.lora.r:
             adapters = lora.inject(
                 model, r=config.lora.r, alpha=config.lora.alpha, target_modules=config.lora.target_modules,
@@ -236,7 +238,8 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
         max_num_batched_tokens=plan.max_num_batched_tokens, kv_cache_bytes=plan.kv_cache_bytes,
         block_size=plan.block_size, seed=config.run.seed, lora_rank=config.lora.r,
         lora_target_modules=config.lora.target_modules, quantization=config.model.quantization,
-        kept_modules=source.kept_modules, head=head, embedding=embedding,
+        kept_modules=source.kept_modules, head=head, embedding=embedding, release_kv=plan.release_kv,
+        deterministic=config.run.deterministic,
     )  # fmt: skip
     model = build_on_meta(source, dtype)
     if config.lora.r:  # a wrong name shows before anything slow is loaded
