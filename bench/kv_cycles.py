@@ -68,6 +68,7 @@ def main(cycles: int) -> None:
     print(
         f"KV cache {engine.releasable_bytes / 2**30:.3f} GiB in {engine._pool and len(engine._pool._tensors)} tensors"
     )
+    print("cycle  card GiB released / working / mapped   torch reserved GiB")
     releases, restores, rows, wrong, worst = [], [], [], 0, 0.0
     for cycle in range(cycles):
         begin = time.perf_counter()
@@ -87,9 +88,8 @@ def main(cycles: int) -> None:
         wrong += [t for t, _ in again] != [t for t, _ in first]
         worst = max(worst, largest_difference(again, first))
         rows.append((cycle, released, working, card_gib(), torch.cuda.memory_reserved() / 2**30))
-    print("cycle  card GiB released / working / mapped   torch reserved GiB")
-    for row in rows[:: max(1, cycles // 10)] + rows[-1:]:
-        print("{:5d}  {:8.3f} {:8.3f} {:8.3f}   {:8.3f}".format(*row))
+        if cycle % max(1, cycles // 10) == 0 or cycle == cycles - 1:
+            print("{:5d}  {:8.3f} {:8.3f} {:8.3f}   {:8.3f}".format(*rows[-1]), flush=True)
     for name, values in (("release", releases), ("restore (zeroed)", restores)):
         ms = sorted(1000 * v for v in values)
         print(f"{name}: median {statistics.median(ms):.1f} ms, {ms[0]:.1f} to {ms[-1]:.1f}")

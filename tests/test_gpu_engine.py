@@ -259,3 +259,37 @@ def test_a_run_stays_under_its_dial(cap: float, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout.read()[-3000:] if run.stdout else ""
     print(f"cap {cap} GiB, peak {peak / 2**30:.2f} GiB")
     assert peak <= cap * 2**30
+
+
+def demo_run(out: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a deterministic demo run of four steps that saves after two."""
+    changes = ("run.max_steps=4", "run.save_steps=2", "run.eval_num_problems=0", "run.deterministic=true", *more)
+    return subprocess.Popen(
+        [sys.executable, "-m", "strop", "demo", "--lora", "--out", str(out), *(x for c in changes for x in ("--set", c))],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent,
+    )  # fmt: skip
+
+
+def finished(run: subprocess.Popen[str]) -> None:
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said[-3000:]
+
+
+def test_a_deterministic_run_that_is_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(demo_run(whole))
+    first = demo_run(killed)
+    deadline = time.monotonic() + 200
+    while not (killed / "checkpoint-2" / "manifest.json").is_file():
+        assert first.poll() is None, first.stdout.read()[-3000:] if first.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    again = subprocess.Popen(
+        [sys.executable, "-m", "strop", "train", str(killed / "config.resolved.yaml"), "--out", str(killed), "--resume"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    finished(again)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (whole / "checkpoint-4" / name).read_bytes() == (killed / "checkpoint-4" / name).read_bytes(), name

@@ -131,7 +131,7 @@ class RolloutRunner(GPUModelRunner):
         self._size_of = [next(s for s in ascending if s >= max(n, 1)) for n in range(rows + 1)]
 
     def _compare_with_eager(self) -> None:
-        """Replay a greedy step and check its token and log-probability against plain torch; raises where they differ."""
+        """Replay a greedy step and compare its token and log-probability with plain torch; raises where they differ."""
         state, size = self.req_states, self._size_of[1]
         state.num_computed_tokens.gpu[0] = 0
         state.last_sampled_tokens[0] = 7

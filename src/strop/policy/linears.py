@@ -222,6 +222,7 @@ class Factors:
     def __init__(self, groups: Sequence[Linears], dtype: torch.dtype) -> None:
         places = [place for linears in groups for place in linears.factors(dtype)]
         self._scale = places[0][0].scale if places else 1.0
+        self._masters: tuple[list[torch.Tensor], list[torch.Tensor]]
         self._masters = [adapter.lora_A for adapter, _, _ in places], [adapter.lora_B for adapter, _, _ in places]
         self._rounded = [a for _, a, _ in places], [b for _, _, b in places]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..engine.base import Engine, EngineSettings
-from ..engine.select import resolve_engine
+from ..engine.select import read_ahead, resolve_engine
 from ..errors import ConfigError
 from ..memory.machine import Machine, detect_machine
 from ..memory.plan import Plan, make_plan
@@ -93,12 +93,14 @@ def prepare(config: Config, kept: Mapping[str, Any] | None = None) -> Prepared:
     from ..policy.load import open_model
     from ..policy.lora import check_adapter_folder
 
+    engine, reason = resolve_engine(config.model.engine)
+    if engine == "vllm":
+        read_ahead()
     if config.lora.init_from:
         check_adapter_folder(config.lora.init_from)
     source = open_model(model_path(config), config.model.quantization)
     renderer = Renderer(source.tokenizer, chat_template_kwargs=config.task.chat_template_kwargs)
     task = build_task(config.task, renderer, seed=config.run.seed, eval_size=config.task.eval_size)
-    engine, reason = resolve_engine(config.model.engine)
     shape = ModelShape.from_config(source.config)
     machine = detect_machine()
     plan = make_plan(config, shape, machine, engine=engine, engine_reason=reason, kept=kept)
