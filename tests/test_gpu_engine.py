@@ -265,7 +265,8 @@ def demo_run(out: Path, *more: str) -> subprocess.Popen[str]:
     """Start a deterministic demo run of four steps that saves after two."""
     changes = ("run.max_steps=4", "run.save_steps=2", "run.eval_num_problems=0", "run.deterministic=true", *more)
     return subprocess.Popen(
-        [sys.executable, "-m", "strop", "demo", "--lora", "--out", str(out), *(x for c in changes for x in ("--set", c))],
+        [sys.executable, "-m", "strop", "demo", "--lora", "--out", str(out),
+         *(x for c in changes for x in ("--set", c))],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent,
     )  # fmt: skip
 
@@ -287,7 +288,8 @@ def test_a_deterministic_run_that_is_killed_and_resumed_ends_with_the_same_bytes
     first.kill()
     first.wait()
     again = subprocess.Popen(
-        [sys.executable, "-m", "strop", "train", str(killed / "config.resolved.yaml"), "--out", str(killed), "--resume"],
+        [sys.executable, "-m", "strop", "train", str(killed / "config.resolved.yaml"), "--out", str(killed),
+         "--resume"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
     )  # fmt: skip
     finished(again)

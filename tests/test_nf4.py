@@ -16,6 +16,7 @@ import torch
 from engines import TARGETS, Rig, decode, tiny_model
 from records import scored
 from test_engines import generate, nudge, problems, sampler_logprobs, trainer_logprobs
+from transformers import Qwen2Config
 
 from strop.config import ModelConfig
 from strop.config_load import load_config
@@ -23,6 +24,9 @@ from strop.engine import vllm_compat
 from strop.engine.base import EngineSettings
 from strop.engine.transformers_engine import TransformersEngine
 from strop.errors import ModelError
+from strop.memory.machine import Machine
+from strop.memory.plan import make_plan
+from strop.memory.shapes import ModelShape
 from strop.objective.packing import pack
 from strop.policy import lora
 from strop.policy.load import build_on_meta, open_model, torch_dtype
@@ -101,7 +105,7 @@ def test_engine_and_trainer_compute_on_one_packed_copy(kind: str) -> None:
 @functools.cache
 def family(kind: str) -> Path:
     """Write a tiny model of another architecture."""
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Phi3Config, Qwen2Config
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Phi3Config
 
     make = {"qwen2": Qwen2Config, "mistral": MistralConfig, "gemma3": Gemma3TextConfig, "phi3": Phi3Config}[kind]
     extra = {"gemma3": {"head_dim": 32, "sliding_window": 24}, "phi3": {"original_max_position_embeddings": 512}}
@@ -307,3 +311,34 @@ def test_the_trainer_may_hold_a_second_copy(tmp_path: Path) -> None:
     assert built.weights.unshared_bytes() > 0
     assert any("second time" in note for note in notes)
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("tied", "gib", "settings", "expected"),
+    [
+        (False, 24.0, {}, ("16bit", "card")),
+        (False, 8.0, {}, ("16bit", "host")),
+        (False, 7.0, {}, ("int8", "host")),
+        (False, 24.0, {"head": "int8"}, ("int8", "card")),
+        (True, 24.0, {"head": "int8"}, ("int8", "int8")),
+        (True, 7.0, {}, ("int8", "int8")),
+    ],
+)
+def test_the_vocabulary_is_held_in_less_where_the_run_would_not_fit(
+    tied: bool, gib: float, settings: dict[str, str], expected: tuple[str, str]
+) -> None:
+    shape = ModelShape.from_config(
+        Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                    num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=tied)
+    )  # fmt: skip
+    config = load_config({
+        "model": {"path": "x", "quantization": "nf4", **settings}, "run": {"vram_gib": gib},
+        "rollout": {"num_prompts": 2, "num_generations": 8, "max_completion_length": 1024},
+    })  # fmt: skip
+    card = Machine("cuda", "a card", 16, 78 << 30, True, 80 << 30)
+    plan = make_plan(config, shape, card, engine="vllm", engine_reason="")
+    assert (plan.head, plan.embedding) == expected
+    said = {item.name: item.reason for item in plan.items}
+    assert ("would not fit" in said.get("head", "")) == (expected[0] == "int8" and not settings)
+    again = make_plan(config, shape, card, engine="vllm", engine_reason="", kept=plan.promise())
+    assert (again.head, again.embedding) == expected

@@ -89,10 +89,12 @@ class ModelConfig(Section):
     """Weights and activations. `auto`: float32 on a CPU, bfloat16 on a CUDA card that has it."""
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the linear layers' weights in 4 bits, for engine and trainer both (QLoRA); needs adapters."""
-    head: HeadFormat = "16bit"
-    """Output head: `int8` halves its memory, with less effect than rounding to bf16. Tied: the embedding as well."""
-    embedding: EmbeddingPlace = "card"
-    """Input embedding: on the card, in pinned host memory (none of the card's; not for a tied model), or in 8 bits."""
+    head: Literal["auto", "16bit", "int8"] = "auto"
+    """Output head: `int8` halves its memory, with less effect than rounding to bf16; of a tied model the embedding is
+    held like it. `auto`: int8 where the run would not fit otherwise."""
+    embedding: Literal["auto", "card", "host", "int8"] = "auto"
+    """Input embedding: on the card, in pinned host memory (none of the card's; not for a tied model), or in 8 bits.
+    `auto`: on the card where it fits."""
     share_weights: Literal["require", "copy"] = "require"
     """`copy`: with vLLM the trainer holds the weights a second time, for a model whose weights cannot be shared."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
@@ -371,10 +373,10 @@ class Config(Section):
             raise ValueError(
                 "lora.init_from is set while lora.r is 0; an adapter to start from needs its rank in lora.r"
             )
-        packed = {"quantization": "none", "head": "16bit", "embedding": "card", "share_weights": "require"}
-        for key, plain in packed.items() if self.lora.r == 0 else ():
+        plain = {"none", "16bit", "card", "require", "auto"}
+        for key in ("quantization", "head", "embedding", "share_weights") if self.lora.r == 0 else ():
             given = getattr(self.model, key)
-            if given != plain:
+            if given not in plain:
                 raise ValueError(
                     f"model.{key} is {given} while lora.r is 0, which trains all weights; packed or copied weights "
                     "cannot be trained themselves, so adapters are needed (lora.r 16)"

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config
+from ..config import Config, EmbeddingPlace, HeadFormat
 from ..errors import PlanError
-from .advice import cheapest_change
+from .advice import changed, cheapest_change
 from .card import CardNeeds, CardNumbers, plan_card
 from .machine import Machine
 from .shapes import BYTES, GIB, ModelShape
+from .vocabulary import vocabulary_ways
 
 CPU_BLOCK_SIZE = 32
 """vLLM's default of 128 tokens per block on a CPU would never cache the short prompts of a small run."""
@@ -55,6 +56,8 @@ class Plan:
     checkpoint_layers: int = 0
     logit_rows: int | None = None
     """Rows of logits that training holds at a time; None leaves it to the policy."""
+    head: HeadFormat = "16bit"
+    embedding: EmbeddingPlace = "card"
 
     def lines(self) -> Iterator[str]:
         """Yield one line per number, with its reason."""
@@ -69,7 +72,8 @@ class Plan:
     def promise(self) -> dict[str, Any]:
         """Return the numbers that a bit-equal resume depends on."""
         names = ("dtype", "engine", "threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "block_size",
-                 "micro_batch_tokens", "release_kv", "checkpoint_layers", "logit_rows")  # fmt: skip
+                 "micro_batch_tokens", "release_kv", "checkpoint_layers", "logit_rows", "head",
+                 "embedding")  # fmt: skip
         return {"device": self.device, **{name: getattr(self, name) for name in names}}
 
 
@@ -89,8 +93,17 @@ def make_plan(
     """
     kept = kept if kept is not None and kept.get("device") == machine.device else {}
 
-    def plan(changed: Config) -> Plan:
-        return _Planning(changed, shape, machine, engine, engine_reason, kept or {}).plan()
+    def plan(candidate: Config) -> Plan:
+        """Take the first way to hold head and embedding that fits."""
+        ways = list(vocabulary_ways(candidate, shape, machine, engine=engine, kept=kept or {}))
+        for head, embedding in ways:
+            held = changed(candidate, model__head=head, model__embedding=embedding)
+            try:
+                return _Planning(held, shape, machine, engine, engine_reason, kept or {}).plan(asked=candidate)
+            except PlanError:
+                if (head, embedding) == ways[-1]:
+                    raise
+        raise AssertionError("there is always a way")
 
     try:
         return plan(config)
@@ -114,7 +127,8 @@ class _Planning:
         self.items.append(PlanItem(name, value, reason))
         return value
 
-    def plan(self) -> Plan:
+    def plan(self, *, asked: Config) -> Plan:
+        """Return the plan; `asked` is the config as the user wrote it."""
         config, shape, machine = self.config, self.shape, self.machine
         self.items.insert(0, PlanItem("device", machine.device, machine.name))
         dtype = self.add("dtype", *_dtype(config, machine))
@@ -139,7 +153,11 @@ class _Planning:
         self.add(
             "prompt", sharing, "optim.share_prompt: the layers pass keys and values, so a group's prompt runs once"
         )
-        return Plan(**common, **rest, items=tuple(self.items))
+        held: dict[str, Any] = {"head": config.model.head, "embedding": config.model.embedding}
+        for name, value in held.items():
+            if getattr(asked.model, name) == "auto" and value not in ("16bit", "card"):
+                self.add(name, value, f"model.{name}: in 16 bits on the card, the run would not fit")
+        return Plan(**common, **rest, **held, items=tuple(self.items))
 
     def _cpu(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
         config, shape = self.config, self.shape

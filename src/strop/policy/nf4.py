@@ -120,11 +120,12 @@ class HeadRows:
 
 
 def held_as(source: ModelSource, settings: ModelConfig) -> tuple[HeadFormat, EmbeddingPlace]:
-    """Return how (output head, input embedding) are held: of a tied model they are one tensor.
+    """Return how (output head, input embedding) are held: of a tied model they are one tensor. `auto`: in 16 bits.
 
     Raises ModelError for a combination that a tied model cannot have.
     """
-    head, embedding = settings.head, settings.embedding
+    head: HeadFormat = "16bit" if settings.head == "auto" else settings.head
+    embedding: EmbeddingPlace = "card" if settings.embedding == "auto" else settings.embedding
     if not source.config.get_text_config().tie_word_embeddings or (head, embedding) == ("16bit", "card"):
         return head, embedding
     if head == "16bit" or embedding == "host":
@@ -142,8 +143,8 @@ def load_model(source: ModelSource, settings: ModelConfig, dtype: torch.dtype, d
     The 16-bit weights pass through host memory; a layer at a time is packed on the device. Raises ModelError for what
     only vLLM's engine holds.
     """
-    packed = {"NF4 checkpoints": source.packed, "model.head int8": settings.head != "16bit",
-              "model.embedding": settings.embedding != "card"}  # fmt: skip
+    packed = {"NF4 checkpoints": source.packed, "model.head int8": settings.head == "int8",
+              "model.embedding": settings.embedding in ("host", "int8")}  # fmt: skip
     refused = [name for name, asked in packed.items() if asked]
     if refused:
         raise ModelError(

@@ -214,6 +214,7 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
 
     source, plan, config = prepared.source, prepared.plan, prepared.config
     dtype = torch_dtype(plan.dtype)
+    model_settings = config.model.model_copy(update={"head": plan.head, "embedding": plan.embedding})
 
     def decode(token_ids: object) -> str:
         return source.tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[no-any-return]
@@ -221,7 +222,7 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     if plan.engine == "transformers":
         from ..engine.transformers_engine import TransformersEngine
 
-        model = load_model(source, config.model, dtype, torch.device(plan.device))
+        model = load_model(source, model_settings, dtype, torch.device(plan.device))
         pad = source.tokenizer.pad_token_id
         pad = source.stop_token_ids[0] if pad is None else pad
         return model, TransformersEngine(model, decode, max_num_seqs=plan.max_num_seqs, pad_token_id=pad)
@@ -234,7 +235,7 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     vllm_compat.prepare_environment(plan.device, plan.threads)
     from ..engine.vllm_engine import VllmEngine
 
-    head, embedding = held_as(source, config.model)
+    head, embedding = held_as(source, model_settings)
     settings = EngineSettings(
         model_path=source.path, dtype=plan.dtype, max_model_len=plan.max_model_len, max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens, kv_cache_bytes=plan.kv_cache_bytes,
@@ -249,7 +250,7 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     engine = VllmEngine(settings, decode, device=plan.device, note=note)
     if config.model.share_weights == "copy":
         note("the trainer holds the weights a second time (model.share_weights)")
-        return load_model(source, config.model, dtype, torch.device(plan.device)), engine
+        return load_model(source, model_settings, dtype, torch.device(plan.device)), engine
     alias_parameters(model, engine)
     move_buffers(model, torch.device(plan.device))
     return model, engine

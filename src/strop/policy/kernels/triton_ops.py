@@ -196,7 +196,8 @@ def _low_rank(
     return tl.dot(low, b, input_precision="ieee")
 
 
-@triton.jit
+# Numbers that differ from batch to batch: else a multiple of 16 among them would be compiled for in the midst of a run.
+@triton.jit(do_not_specialize=["height"])
 def _swiglu_kernel(
     gu_ptr, m_ptr, low_ptr, b_ptr, grad_low_ptr, a_ptr, height, width,
     BACKWARD: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, GRAD_RANK: tl.constexpr,
@@ -277,7 +278,7 @@ def _launch_swiglu(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_head", "other_lse_head"])
 def _merge_kernel(
     out_ptr, out_token, lse_ptr, lse_head, other_ptr, other_token, other_lse_ptr, other_lse_head, heads,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr,

@@ -1,0 +1,47 @@
+"""How output head and input embedding are held: in 16 bits on the card where that fits, else in less of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..config import Config, EmbeddingPlace, HeadFormat
+from .machine import Machine
+from .shapes import ModelShape
+
+_BOTH: tuple[HeadFormat, EmbeddingPlace] = ("int8", "int8")
+_APART: dict[EmbeddingPlace, list[tuple[HeadFormat, EmbeddingPlace]]] = {
+    "host": [("16bit", "host"), ("int8", "host")],
+    "int8": [("16bit", "int8"), _BOTH],
+}
+
+
+def vocabulary_ways(
+    config: Config, shape: ModelShape, machine: Machine, *, engine: str, kept: Mapping[str, Any]
+) -> Iterator[tuple[HeadFormat, EmbeddingPlace]]:
+    """Yield the ways to hold output head and input embedding that the settings allow, the plainest first.
+
+    A resumed run goes on with what it began with.
+    """
+    head, embedding = config.model.head, config.model.embedding
+    if head == "auto" and "head" in kept:
+        head = kept["head"]
+    if embedding == "auto" and "embedding" in kept:
+        embedding = kept["embedding"]
+    packs = machine.device == "cuda" and engine == "vllm" and bool(config.lora.r)
+    # WSL pins no memory.
+    apart: EmbeddingPlace = "int8" if "microsoft" in platform.release().lower() else "host"
+    ways: list[tuple[HeadFormat, EmbeddingPlace]] = [("16bit", "card")]
+    if packs and shape.tied_embeddings:
+        ways.append(("int8", "int8"))
+    elif packs:
+        ways += _APART[apart]
+    seen: set[tuple[HeadFormat, EmbeddingPlace]] = set()
+    for plain_head, plain_embedding in ways:
+        way = (plain_head if head == "auto" else head, plain_embedding if embedding == "auto" else embedding)
+        if shape.tied_embeddings and "int8" in way and head != "16bit" and embedding != "host":
+            way = _BOTH  # one tensor
+        if way not in seen:
+            seen.add(way)
+            yield way
