@@ -23,7 +23,7 @@ from typing import Any
 WATCHED = ("torch", "transformers", "vllm", "datasets", "pyarrow", "sympy", "math_verify", "peft", "bitsandbytes",
            "triton", "tensorboard", "xgrammar")  # fmt: skip
 FUNCTIONS = {
-    "strop.trainer.session": ("prepare", "build", "open_run_folder"),
+    "strop.trainer.opening": ("prepare", "build", "open_run_folder"),
     "strop.trainer.parts": ("build_task", "detect_machine", "make_plan", "_model_and_engine"),
     "strop.policy.load": ("open_model", "build_on_meta"),
     "strop.policy.policy": ("check_packed_forward",),

@@ -21,6 +21,8 @@ from strop.monitor.metrics import read_metrics
 from strop.monitor.summary import EvalSummary
 from strop.objective.packing import pack
 from strop.policy.policy import Policy
+from strop.rewards.combine import Outcome, combine, make_rules
+from strop.rewards.contract import Declaration
 from strop.seeding import derive_seed
 from strop.trainer.evaluate import evaluate, in_order, summarise
 from strop.trainer.evaluate_run import evaluate_target
@@ -152,7 +154,7 @@ def test_what_came_back_in_any_order_is_put_into_the_order_it_was_asked_for() ->
 
 
 def scores(*values: float | None) -> list[ScoredRollout]:
-    return [ScoredRollout(rollout((1,), (2,)), v, {"f": v}) for v in values]
+    return [combine(rollout((1,), (2,)), ("f",), (1.0,), {"f": Outcome(v)}) for v in values]
 
 
 def test_only_the_full_mark_is_right() -> None:
@@ -160,6 +162,20 @@ def test_only_the_full_mark_is_right() -> None:
         assert summarise(scores(value, value), 1).pass_at_1 == 0
     for value in (1.0, 1.5, 0.1 * 3 + 0.7):
         assert summarise(scores(value, value), 1).pass_at_1 == 1
+
+
+def test_the_correctness_function_decides_wherever_it_stands_and_at_its_own_largest_value() -> None:
+    names, declared = (
+        ("style", "answer"),
+        {"style": Declaration("format"), "answer": Declaration("correctness", high=2)},
+    )
+    rules = make_rules(names, (1.0, 1.0), declared)
+    marks = [(1.0, 2.0), (1.0, 1.0), (0.0, 2.0), (1.0, None)]
+    items = [
+        combine(rollout((1,), (2,)), names, (1.0, 1.0), dict(zip(names, map(Outcome, pair), strict=True)), rules)
+        for pair in marks
+    ]
+    assert summarise(items, 1) == EvalSummary(pass_at_1=2 / 3, pass_at_k=2 / 3, k=1, problems=3)
 
 
 def test_pass_at_k_takes_one_right_completion_of_a_problem() -> None:

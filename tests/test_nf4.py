@@ -23,7 +23,7 @@ from strop.config_load import load_config
 from strop.engine import vllm_compat
 from strop.engine.base import EngineSettings
 from strop.engine.transformers_engine import TransformersEngine
-from strop.errors import ModelError
+from strop.errors import EngineError, ModelError
 from strop.memory.machine import Machine
 from strop.memory.plan import make_plan
 from strop.memory.shapes import ModelShape
@@ -272,6 +272,21 @@ def test_another_packing_is_refused(tmp_path: Path) -> None:
 def test_a_tied_model_has_one_tensor_for_both_ends(held: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="one tensor"):
         held_as(open_model(str(tiny_model("qwen3"))), ModelConfig.model_validate(held))
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
+    tokens = open_model(str(tmp_path)).config
+    config = Qwen3MoeConfig(
+        vocab_size=tokens.vocab_size, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match="mixture of experts"):
+        quantised_rig(tmp_path)
 
 
 # ---------------------------------------------------------------- the other engine

@@ -53,7 +53,7 @@ def main() -> None:
     from strop.config_load import load_config
     from strop.monitor.metrics import read_metrics
     from strop.trainer.loop import train_step
-    from strop.trainer.session import open_session
+    from strop.trainer.opening import open_session
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"

@@ -30,6 +30,7 @@ from ..quant.bnb import merged
 METHOD = "strop_nf4"
 _PIECE = 16 << 20
 """Values of a weight that are quantised at a time; some fifty bytes each are needed for it."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SETTINGS = ("linear", "kept", "head", "embedding", "random", "most")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -46,6 +47,9 @@ def arguments(
                 "random": random, "most": most}  # fmt: skip
 
     def override(config: Any) -> Any:
+        experts = [name for name in _EXPERTS if getattr(config.get_text_config(), name, None)]
+        if linear and experts:
+            raise ValueError(f"the model is a mixture of experts ({experts[0]}), which NF4 does not cover")
         config.quantization_config = dict(settings)
         return config
 
@@ -96,8 +100,6 @@ class StropNf4Config(QuantizationConfig):
             if self.embedding == "int8":
                 return Int8Rows(self.random)
             return HostRows() if self.embedding == "host" else None
-        if "moe" in type(layer).__name__.lower():
-            raise ValueError(f"`{prefix}` is a mixture of experts, which NF4 does not cover")
         return None
 
     def skips(self, name: str) -> bool:

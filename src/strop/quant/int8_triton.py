@@ -18,7 +18,8 @@ from .int8 import Int8
 @triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(x_ptr, q_ptr, scale_ptr, y_ptr, M, N, K, stride_x, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
-    tile_n, tile_m = tl.program_id(0), tl.program_id(1)
+    # Tokens first: programs that share rows run together, so the weight passes the cache once.
+    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
     rows = tile_n * BN + tl.arange(0, BN)
     tokens = tile_m * BM + tl.arange(0, BM)
     row_ok, token_ok = rows < N, tokens < M
@@ -45,7 +46,7 @@ def matmul(x_MK: torch.Tensor, weight: Int8, out: torch.Tensor) -> None:
     m, k = x_MK.shape
     n = weight.values.shape[0]
     bm = 16 if m <= 16 else 64 if m <= 64 else 128
-    grid = (triton.cdiv(n, 128), triton.cdiv(m, bm))
+    grid = (triton.cdiv(m, bm), triton.cdiv(n, 128))
     _matmul_kernel[grid](
         x_MK, weight.values, weight.scale, out, m, n, k, x_MK.stride(0), BM=bm, BN=128, BK=64, EVEN_K=k % 64 == 0,
         num_warps=8 if bm == 128 else 4,

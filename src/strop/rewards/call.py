@@ -6,6 +6,7 @@ group in the order of `sample_index`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import math
@@ -14,7 +15,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,8 @@ from .combine import LARGEST, Outcome
 NOT_PASSED = ("prompt", "completion", "completion_ids")
 """Columns that TRL keeps from reward functions, since the keywords above stand for them."""
 MAX_REASON_CHARS = 500
+MAX_PLANS = 64
+"""Sets of columns whose passing is remembered."""
 MACHINE_ERRNOS = frozenset(
     {errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO}
 )
@@ -57,15 +60,17 @@ class RunFacts:
     """What functions see as `trainer_state.max_steps`."""
 
 
-@dataclass(slots=True)
 class Logged:
     """What a function handed to `log_extra` and `log_metric` during one call with `count` completions."""
 
-    count: int = 1
-    extras: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
-    metrics: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    by_machine: bool = False
-    """Whether the call failed for want of memory, disk or processes: another time it might not."""
+    __slots__ = ("by_machine", "count", "extras", "metrics")
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self.extras: dict[str, list[Any]] = {}
+        self.metrics: list[tuple[str, float]] = []
+        self.by_machine = False
+        """Whether the call failed for want of memory, disk or processes: another time it might not."""
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Keep one value per completion for the table of rollouts."""
@@ -93,6 +98,7 @@ class Keywords:
         """None: all."""
         self.required: tuple[str, ...] = ()
         self.keyword_only: tuple[str, ...] = ()
+        self._required: frozenset[str] = frozenset()
         try:
             parameters = list(inspect.signature(func).parameters.values())
         except (TypeError, ValueError):  # some callables written in C tell nothing
@@ -105,6 +111,7 @@ class Keywords:
             )
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.required = tuple(p.name for p in named if p.default is p.empty)
+        self._required = frozenset(self.required)
         self.keyword_only = tuple(p.name for p in named if p.kind is p.KEYWORD_ONLY)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             self.accepted = frozenset(p.name for p in named)
@@ -113,6 +120,13 @@ class Keywords:
         """Whether the callable can be given this keyword."""
         return self.accepted is None or keyword in self.accepted
 
+    def leave_out_ignored(self, func: Callable[..., Any]) -> None:
+        """Take `**_` for what it says: whatever arrives there is ignored, so it need not be given."""
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = inspect.signature(func).parameters
+            if "_" in parameters and parameters["_"].kind is inspect.Parameter.VAR_KEYWORD:
+                self.accepted = frozenset(parameters) - {"_"}
+
     def pick(self, available: Mapping[str, Any], columns: Iterable[str], where: str) -> dict[str, Any]:
         """Return what the callable takes of `available`. Raises RewardError for a keyword that it needs and is not."""
         self.check(available, columns, where)
@@ -120,8 +134,8 @@ class Keywords:
 
     def check(self, available: Mapping[str, Any], columns: Iterable[str], where: str) -> None:
         """Raise RewardError if something that the callable needs is not there."""
-        missing = [name for name in self.required if name not in available]
-        if missing:
+        if not available.keys() >= self._required:
+            missing = [name for name in self.required if name not in available]
             raise RewardError(
                 f"reward `{self._name}` needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, "
                 f"which row {where} does not have; it has {', '.join(sorted(columns)) or 'none'}",
@@ -151,7 +165,11 @@ class BoundFunction:
         # Keyword-only parameters of ours are options: a column that happens to have such a name is no option.
         own = self._keywords.keyword_only if pure else ()
         self._withheld = frozenset(name for name in own if name not in REWARD_KEYWORDS) | self._options.keys()
+        if pure:
+            self._keywords.leave_out_ignored(func)
         self._fields = tuple(name for name in REWARD_KEYWORDS if self.takes(name))
+        self._passed: dict[tuple[str, ...], tuple[str, ...]] = {}
+        """The columns that are given to the function, by the columns that a row has."""
 
     def __call__(self, completion: Completion, run_async: Callable[[Any], Any]) -> tuple[Outcome, Logged]:
         """Score one completion; see `score`."""
@@ -193,24 +211,25 @@ class BoundFunction:
         self, completions: Sequence[Completion], logged: Logged, correct: Sequence[bool | None] | None
     ) -> dict[str, Any]:
         first = completions[0]
-        takes, withheld = self._keywords.takes, self._withheld
-        given: dict[str, Any] = {
-            name: [c.columns.get(name) for c in completions]
-            for name in first.columns
-            if takes(name) and name not in withheld
-        }
+        there = tuple(first.columns)
+        passed = self._passed.get(there)
+        if passed is None:
+            passed = tuple(name for name in there if self.takes(name))
+            if len(self._passed) < MAX_PLANS:
+                self._passed[there] = passed
+        given: dict[str, Any] = {name: [c.columns.get(name) for c in completions] for name in passed}
         for name in self._fields:
             match name:
-                case "prompts":
-                    given[name] = [c.prompt for c in completions]
                 case "completions":
                     given[name] = [c.completion for c in completions]
-                case "completion_ids":
-                    given[name] = [list(c.completion_ids) for c in completions]
                 case "prefill":
                     given[name] = [c.prefill for c in completions]
                 case "truncated":
                     given[name] = [c.truncated for c in completions]
+                case "prompts":
+                    given[name] = [c.prompt for c in completions]
+                case "completion_ids":
+                    given[name] = [list(c.completion_ids) for c in completions]
                 case "max_completion_length":
                     given[name] = self._facts.max_completion_length
                 case "trainer_state":
@@ -245,6 +264,8 @@ def check_values(name: str, returned: Any, count: int) -> list[Outcome]:
     are not `count` values.
     """
     values = returned
+    if type(values) is list and len(values) == count == 1 and type(values[0]) is float and abs(values[0]) <= LARGEST:
+        return [Outcome(values[0])]
     if not isinstance(values, list | tuple) and getattr(values, "ndim", 0) == 1 and hasattr(values, "tolist"):
         values = values.tolist()
     if not isinstance(values, list | tuple) or len(values) != count:

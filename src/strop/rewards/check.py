@@ -15,7 +15,7 @@ from ..errors import RewardError
 from ..types import ScoredRollout
 from .answers import opens_thinking
 from .audit.bench import TOLERANCE, Bench, open_pool
-from .audit.full import BASIC, spellings
+from .audit.full import BASIC, spellings, still_right
 from .audit.records import Attempt, Row, Setting
 from .audit.reference import THOUGHT
 from .audit.report import shorten
@@ -182,8 +182,50 @@ class _Check:
                 else "look at what the function asks for, and whether prompt and chat template ask for the same"
             )
             self.add("FAIL" if judges and every else "WARN", said, hint, row.problem.id, row.right)
-        if not self.complaints:
+        if not self._earn_more(rows) or self.complaints:
+            return
+        if bench.names_of("correctness", "format"):
             self.passed.append(f"right answers get the maximum on {len(rows)} rows ({rows[0].style_name})")
+        else:
+            self.passed.append(f"right answers earn more than wrong ones on {len(rows)} rows ({rows[0].style_name})")
+        self._counts_as_right(rows)
+
+    def _earn_more(self, rows: Sequence[Row]) -> bool:
+        """Say where right answers earn no more than wrong ones; return whether they all do."""
+        bench = self.bench
+        sound = {row.problem.id for row in bench.sound_rows}
+        same = [row for row in rows if row.problem.id not in sound]
+        if same and not any(c.severity == "FAIL" for c in self.complaints) and self._differs():
+            row = same[0]
+            right, wrong = (bench.merit(one) for one in (bench.right_of(row), bench.wrong_of(row)))
+            self.add(
+                "WARN",
+                f"the reference answer {shorten(row.gold.text, 60)} earns {_number(right)}, and a wrong answer "
+                f"{_number(wrong)}, on {len(same)} of {len(rows)} rows; tried: "
+                f"{', '.join(bench.tried) or 'the known-good completion'}",
+                "see whether the function reads the column of the reference answer in its form, "
+                "`#### 42` for 42 say, and finds the answer where the prompt asks for it",
+                row.problem.id, row.right,
+            )  # fmt: skip
+        return not same
+
+    def _counts_as_right(self, rows: Sequence[Row]) -> None:
+        """Functions that declare nothing decide together what is right, each at 1: say where that is never reached."""
+        bench = self.bench
+        one, row = bench.right_of(rows[0]), rows[0]
+        values = [(name, one.scores[name], mark) for name, mark in bench.rules.marks.items()]
+        short = [f"`{name}` {value:g}" for name, value, mark in values if value is not None and value < mark]
+        if not short or any(one.correct is True for one in self.seen):
+            return
+        self.add(
+            "WARN",
+            "no completion counts as right, for none of these functions says which of them judges answers and at what "
+            f"value, and all of them have to reach 1 then; the right answer gets {', '.join(short)}. The run learns, "
+            "but length shaping and the monitors take every answer for wrong",
+            'put @reward(kind="correctness", high=...) with its largest value above the function that judges answers, '
+            'and @reward(kind="format") above those that judge form (docs/rewards.md)',
+            row.problem.id, row.right,
+        )  # fmt: skip
 
     def _nothing_pays(self, attempts: Sequence[Attempt]) -> None:
         """Neither an empty completion nor garbage may earn what a right one earns, or count as right."""
@@ -201,7 +243,8 @@ class _Check:
                     f"score 0 where there is no answer; {OFF}", attempt.problem.id, attempt.text,
                 )  # fmt: skip
                 return
-        self.passed.append("empty completions and garbage earn less than right answers")
+        if sound:
+            self.passed.append("empty completions and garbage earn less than right answers")
 
     def _variants(self) -> None:
         bench = self.bench
@@ -215,7 +258,7 @@ class _Check:
         refused = [
             (name, row, attempt)
             for (name, row, attempt), one in zip(tried, scored, strict=True)
-            if bench.right_of(row).correct is True and one.correct is not True
+            if not still_right(bench, row, one)
         ]
         if refused:
             name, row, attempt = next((r for r in refused if r[0] in BASIC), refused[0])
@@ -236,7 +279,8 @@ class _Check:
         if not rows:
             return
         row = rows[0]
-        again = Attempt(row.problem, f"<think>\n{THOUGHT}\n</think>\n{row.mark(row.gold.text)}")
+        thought = THOUGHT if row.style is None else row.style.thought
+        again = Attempt(row.problem, f"<think>\n{thought}\n</think>\n{row.mark(row.gold.text)}")
         (doubled,) = self.score([again])
         merits = bench.merit(bench.right_of(row)), bench.merit(doubled)
         if merits[0] is not None and merits[1] is not None and merits[1] > merits[0] + TOLERANCE:
@@ -252,9 +296,13 @@ class _Check:
             return
         self.passed.append("a completion that goes on from the prefilled <think> is recognised")
 
+    def _differs(self) -> bool:
+        rewards = [one.reward for one in self.seen if one.reward is not None]
+        return bool(rewards) and max(rewards) - min(rewards) > TOLERANCE
+
     def _constant(self) -> None:
         rewards = [one.reward for one in self.seen if one.reward is not None]
-        if not rewards or max(rewards) - min(rewards) > TOLERANCE:
+        if not rewards or self._differs():
             if rewards:
                 self.passed.append(
                     f"rewards differ: {min(rewards):g} to {max(rewards):g} on {len(rewards)} completions"
@@ -271,3 +319,7 @@ class _Check:
             f"look at what the functions return; {OFF}" if zero else "look at what the functions return",
             one.rollout.problem.id, one.rollout.text,
         )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:g}"

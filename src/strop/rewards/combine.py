@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..types import Rollout, ScoredRollout
 from .contract import Declaration
@@ -14,8 +15,7 @@ MARK_SLACK = 1e-6
 """How far below its maximum a correctness function may stay and still say right: sums of parts round."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one function said of one completion: a value, None (does not apply), or a failure with its reason."""
 
     value: float | None
@@ -57,11 +57,16 @@ def is_correct(rules: Rules, outcomes: Mapping[str, Outcome]) -> bool | None:
 
     Functions without an outcome yet are left out.
     """
-    known = [(outcomes[name], mark) for name, mark in rules.marks.items() if name in outcomes]
-    if any(outcome.failure for outcome, _ in known):
-        return None
-    verdicts = [outcome.value >= mark for outcome, mark in known if outcome.value is not None]
-    return all(verdicts) if verdicts else None
+    verdict: bool | None = None
+    for name, mark in rules.marks.items():
+        if name not in outcomes:
+            continue
+        value, failure = outcomes[name]
+        if failure:
+            return None
+        if value is not None:
+            verdict = verdict is not False and value >= mark
+    return verdict
 
 
 def combine(
@@ -79,18 +84,25 @@ def combine(
     function with a weight decides at 1 and none is gated.
     """
     rules = make_rules(names, weights, {}) if rules is None else rules
-    scores = {name: None if outcomes[name].failure else outcomes[name].value for name in names}
-    failures = {name: outcomes[name].failure for name in names if outcomes[name].failure}
-    weighted = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0]
     correct = is_correct(rules, outcomes)
+    scores: dict[str, float | None] = {}
+    failures: dict[str, str] = {}
     terms: list[float] = []
-    for name, weight in weighted:
-        value = scores[name]
-        if value is None or (name in rules.gated and correct is None):
+    is_scored = True
+    for name, weight in zip(names, weights, strict=True):
+        value, failure = outcomes[name]
+        scores[name] = None if failure else value
+        if failure:
+            failures[name] = failure
+            is_scored = is_scored and weight == 0
+        elif weight == 0 or value is None:
             continue
-        terms.append(0.0 if name in rules.gated and not correct else weight * value)
+        elif name not in rules.gated:
+            terms.append(weight * value)
+        elif correct is not None:
+            terms.append(weight * value if correct else 0.0)
     reward: float | None = None
-    if terms and not any(name in failures for name, _ in weighted):
+    if terms and is_scored:
         reward = sum(terms)
         if not abs(reward) <= LARGEST:
             failures["weighted sum"] = f"the weighted sum is {reward:g}"

@@ -13,7 +13,7 @@ from ..errors import RewardError
 from .jobs import Job
 from .launcher import Launcher, LauncherGoneError
 from .process import WorkerProcess
-from .wire import Message, Report, Setup
+from .wire import Message, Records, Report, Setup
 
 LOAD_LIMIT_S = 120.0
 """Functions that are not imported by then are an error."""
@@ -31,6 +31,9 @@ class Owner(Protocol):
 
     def take(self, job: Job, report: Report) -> None:
         """A function answered for a job, the first that remains."""
+
+    def take_value(self, job: Job, function: int, value: float | None) -> None:
+        """The same, of one completion and without anything beside the value."""
 
     def blame(self, job: Job, function: int, reason: str) -> None:
         """A function that remains gives no answer for this job, for a reason outside of it."""
@@ -169,23 +172,39 @@ class Crew:
         if worker not in self.workers:
             return  # its launcher died meanwhile
         for message in worker.receive():
-            if message is None:
+            if message is None or not self._take(worker, message):
                 self._replace_dead(worker)
-            else:
-                self._take(worker, message)
+                return
 
-    def _take(self, worker: WorkerProcess, message: Message) -> None:
+    def _take(self, worker: WorkerProcess, message: Message) -> bool:
+        """Take in a message. Returns False for one that answers nothing that was asked: who knows what wrote it."""
+        if isinstance(message, list):
+            return self._take_records(worker, message)
         if not isinstance(message, Report):
             _raise_refusal(message)
             worker.ready = True
-            return
-        job, index = worker.jobs[0], worker.jobs[0].remaining[0]
-        assert (message.job, message.function) == (job.number, index), "a worker answers in order"
+            return True
+        job = worker.asked(message.job, message.function)
+        if job is None or not message.fits(len(job.members)):
+            return False
         self._barren_deaths = 0
         worker.note_duration(message.seconds * len(self._setup.specs))
         self._owner.take(job, message)
         if not job.remaining:
             worker.jobs.popleft()
+        return True
+
+    def _take_records(self, worker: WorkerProcess, records: Records) -> bool:
+        self._barren_deaths = 0
+        for number, function, applies, value, seconds in records:
+            job = worker.asked(number, function)
+            if job is None or len(job.members) != 1:
+                return False
+            worker.note_duration(seconds * len(self._setup.specs))
+            self._owner.take_value(job, function, value if applies else None)
+            if not job.remaining:
+                worker.jobs.popleft()
+        return True
 
     def _limit(self, worker: WorkerProcess) -> float | None:
         start = worker.waited_for_since

@@ -23,8 +23,8 @@ class Member:
     completion: bytes
     """The pickled fields of a Completion."""
     group: Group
-    outcomes: dict[int, Outcome] = field(default_factory=dict[int, Outcome])
-    """By the function's number."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    """By the function's name."""
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
     metrics: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
 
@@ -65,10 +65,9 @@ class Job:
     suspicion: int = 0
     """How often the process that starts the workers died while this ran."""
 
-    def encoded(self) -> list[bytes]:
-        """Return the pieces of the message that asks a worker for what remains."""
-        bodies = [member.completion for member in self.members]
-        return encode_work(self.number, tuple(self.remaining), self.correct, bodies)
+    def encoded(self) -> bytes:
+        """Return the message that asks a worker for what remains."""
+        return encode_work(self.number, self.remaining, self.correct, [member.completion for member in self.members])
 
 
 def pickled(

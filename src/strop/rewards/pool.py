@@ -176,9 +176,7 @@ class RewardPool:
         members, self._members, self._closing = self._members, [], False
         self._groups.clear()
         self._keep_logged(members)
-        return [
-            combine(member.rollout, self.names, self.weights, self._by_name(member), self._rules) for member in members
-        ]
+        return [combine(m.rollout, self.names, self.weights, m.outcomes, self._rules) for m in members]
 
     def score(
         self, rollouts: Iterable[Rollout], *, group_size: int | None = None, global_step: int | None = None
@@ -255,13 +253,13 @@ class RewardPool:
         self._next_number += 1
         job.group.open_jobs += 1
         self._jobs[job.number] = job
-        for index in tuple(job.remaining):
+        for index in tuple(job.remaining) if len(self._verdicts) else ():
             known = (self._verdicts.find(self.names[index], member.rollout) for member in job.members)
             reason = next((found for found in known if found is not None), None)
             if reason is not None:
                 job.remaining.remove(index)
                 for member in job.members:
-                    member.outcomes[index] = Outcome(None, reason)
+                    member.outcomes[self.names[index]] = Outcome(None, reason)
         if job.remaining:
             self._crew.pending.append(job)
         else:
@@ -270,7 +268,7 @@ class RewardPool:
     def _settle(self, job: Job, function: int, outcomes: Sequence[Outcome]) -> None:
         job.remaining.remove(function)
         for member, outcome in zip(job.members, outcomes, strict=True):
-            member.outcomes[function] = outcome
+            member.outcomes[self.names[function]] = outcome
         if not job.remaining:
             self._finish(job)
 
@@ -284,7 +282,7 @@ class RewardPool:
         """Call the next functions of group scope once all members and what they build on are there."""
         if group.phases and not group.open_jobs and (group.is_full or self._closing):
             members = group.in_order()
-            correct = tuple(is_correct(self._rules, self._by_name(member)) for member in members)
+            correct = tuple(is_correct(self._rules, member.outcomes) for member in members)
             self._open(Job(self._next_number, members, group, deque(group.phases.popleft()), correct))
 
     def _close_groups(self) -> None:
@@ -298,9 +296,6 @@ class RewardPool:
                 )
             self._closing = True
             self._advance(group)
-
-    def _by_name(self, member: Member) -> dict[str, Outcome]:
-        return {self.names[index]: outcome for index, outcome in member.outcomes.items()}
 
     def _keep_logged(self, members: Sequence[Member]) -> None:
         self._extras, self._metrics = {}, {}
@@ -319,6 +314,13 @@ class RewardPool:
         if report.by_machine:
             self._log(job, report.function, report.outcomes[0].failure)
         self._settle(job, report.function, report.outcomes)
+
+    def take_value(self, job: Job, function: int, value: float | None) -> None:
+        """The same for one completion, its value and nothing else."""
+        job.remaining.popleft()
+        job.members[0].outcomes[self.names[function]] = Outcome(value)
+        if not job.remaining:
+            self._finish(job)
 
     def blame(self, job: Job, function: int, reason: str) -> None:
         """Leave what a job was running unscored, for every completion of it; called by the processes."""

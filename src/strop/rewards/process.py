@@ -7,6 +7,7 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from .jobs import Job
 from .launcher import Launcher
@@ -16,6 +17,8 @@ READ_BYTES = 1 << 16
 TARGET_BACKLOG_S = 0.05
 """Work that is kept in a worker's pipe, in seconds, so that it never waits for the pool."""
 MIN_BACKLOG, MAX_BACKLOG = 2, 256
+MAX_PIECES = 256
+"""Messages that are written with one system call."""
 
 
 class WorkerProcess:
@@ -28,14 +31,14 @@ class WorkerProcess:
         self.jobs: deque[Job] = deque()
         self.ready = False
         self._reader = MessageReader()
-        self._unsent: deque[tuple[memoryview, Job | None]] = deque()
+        self._unsent: deque[tuple[bytes | memoryview, Job | None]] = deque()
         self._clock_start = time.monotonic()
         self._seconds_per_job = TARGET_BACKLOG_S
         self._is_open = True
         self._last: tuple[Job, int, float] | None = None
         """What it was running when it was closed."""
         if launcher.fresh:
-            self._unsent.append((memoryview(frame(pickle.dumps(launcher.setup))), None))
+            self._unsent.append((frame(pickle.dumps(launcher.setup)), None))
             self.send()
 
     @property
@@ -52,20 +55,19 @@ class WorkerProcess:
     def hand(self, job: Job) -> None:
         """Queue a job for this worker."""
         self.jobs.append(job)
-        self._unsent.extend((memoryview(piece), job) for piece in job.encoded())
+        self._unsent.append((job.encoded(), job))
 
     def send(self) -> None:
         """Write what the pipe takes now. A broken pipe is left to `receive`, which sees the end of the stream."""
         while self._unsent:
-            batch = [data for data, _ in list(self._unsent)[:64]] if len(self._unsent) > 1 else [self._unsent[0][0]]
             try:
-                written = os.writev(self.write_end, batch)
+                written = os.writev(self.write_end, [data for data, _ in islice(self._unsent, MAX_PIECES)])
             except (BlockingIOError, BrokenPipeError):
                 return
             while written:
                 data, job = self._unsent.popleft()
                 if written < len(data):
-                    self._unsent.appendleft((data[written:], job))
+                    self._unsent.appendleft((memoryview(data)[written:], job))
                     return
                 written -= len(data)
                 if job is not None and job is self.jobs[0]:
@@ -89,6 +91,11 @@ class WorkerProcess:
                 return
             if len(data) < READ_BYTES:
                 return
+
+    def asked(self, number: int, function: int) -> Job | None:
+        """Return the first job if that is its number and the function the first that remains of it, else None."""
+        job = self.jobs[0] if self.jobs else None
+        return job if job is not None and job.number == number and job.remaining[0] == function else None
 
     def note_duration(self, seconds: float) -> None:
         """Keep the running mean that `has_room` is judged by."""

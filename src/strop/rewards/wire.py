@@ -1,16 +1,16 @@
 """The messages between the pool, the process that starts its workers, and a worker: a 4-byte length and a body.
 
-Towards a worker a body is pickle, since rows hold dates, bytes and arrays. Back it is JSON, or for the common report a
-fixed record of numbers: a process that ran reward functions is never unpickled from.
+Towards a worker a body is a few numbers and the pickled completions, since rows hold dates, bytes and arrays. Back it
+is JSON, or for the common reports a run of fixed records: a process that ran reward functions is never unpickled from.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from .call import Logged, RunFacts
@@ -19,8 +19,15 @@ from .load import FunctionSpec
 
 _LENGTH = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
-_PLAIN, _HEADED = struct.Struct(">BQHdd"), struct.Struct(">IBQHdd")
-_VALUE, _NOTHING = 1, 2
+length_at = _LENGTH.unpack_from
+"""(length,) of the message that begins at an offset of a buffer."""
+_HEAD, _FRAMED_HEAD = struct.Struct(">QHI"), struct.Struct(">IQHI")
+_VERDICTS: tuple[bool | None, ...] = (False, True, None)
+_NO_VERDICT = 3
+_RECORD = struct.Struct(">QHBdd")
+RECORD_BYTES = _RECORD.size
+_RECORDS = 1
+"""First byte of a run of records; JSON never starts with it."""
 MAX_FRAME_BYTES = 1 << 28
 
 
@@ -44,25 +51,37 @@ right; the pickled fields of its Completions, one or those of a group. Every fun
 
 
 def encode_work(
-    job: int, functions: tuple[int, ...], correct: tuple[bool | None, ...] | None, bodies: list[bytes]
-) -> list[bytes]:
-    """Return the pieces of the framed message; the completions are not copied."""
+    job: int, functions: Sequence[int], correct: Sequence[bool | None] | None, bodies: Sequence[bytes]
+) -> bytes:
+    """Return the framed message."""
     lengths = [len(body) for body in bodies]
-    head = pickle.dumps((job, functions, correct, lengths), 5)
-    total = _LENGTH.size + len(head) + sum(lengths)
-    return [_LENGTH.pack(total) + _LENGTH.pack(len(head)) + head, *bodies]
+    verdicts = [_NO_VERDICT] * len(bodies) if correct is None else [_VERDICTS.index(right) for right in correct]
+    numbers = _numbers(len(functions), len(bodies))
+    total = _HEAD.size + numbers.size + sum(lengths)
+    head = _FRAMED_HEAD.pack(total, job, len(functions), len(bodies))
+    return b"".join((head, numbers.pack(*functions, *lengths, *verdicts), *bodies))
 
 
 def decode_work(body: memoryview) -> Work:
-    """Inverse of `encode_work`, without the frame."""
-    (end,) = _LENGTH.unpack_from(body)
-    end += _LENGTH.size
-    job, functions, correct, lengths = pickle.loads(body[_LENGTH.size : end])
+    """Inverse of `encode_work`, without the frame; the bodies are views of it."""
+    job, num_functions, num_bodies = _HEAD.unpack_from(body)
+    numbers = _numbers(num_functions, num_bodies)
+    values = numbers.unpack_from(body, _HEAD.size)
+    end = _HEAD.size + numbers.size
+    if num_bodies == 1 and values[-1] == _NO_VERDICT:
+        return job, values[:num_functions], None, [body[end:]]
+    lengths, verdicts = values[num_functions:-num_bodies], values[-num_bodies:]
     bodies: list[memoryview] = []
     for length in lengths:
         bodies.append(body[end : end + length])
         end += length
-    return job, functions, correct, bodies
+    correct = None if verdicts[0] == _NO_VERDICT else tuple(_VERDICTS[verdict] for verdict in verdicts)
+    return job, values[:num_functions], correct, bodies
+
+
+@lru_cache(maxsize=256)
+def _numbers(num_functions: int, num_bodies: int) -> struct.Struct:
+    return struct.Struct(f">{num_functions}H{num_bodies}I{num_bodies}B")
 
 
 @dataclass(slots=True)
@@ -79,15 +98,21 @@ class Report:
     by_machine: bool = False
     """Whether it failed for want of memory, disk or processes, so that another time it might not."""
 
+    def fits(self, count: int) -> bool:
+        """Whether it says something of each of `count` completions."""
+        return len(self.outcomes) == count and all(len(values) == count for values in self.extras.values())
 
-def encode_report(job: int, function: int, outcomes: list[Outcome], seconds: float, logged: Logged) -> bytes:
-    """Return the framed message of a Report; that of one value is a record of numbers."""
-    first = outcomes[0]
-    if len(outcomes) == 1 and not (first.failure or logged.extras or logged.metrics):
-        value = first.value
-        if value is None:
-            return _HEADED.pack(_PLAIN.size, _NOTHING, job, function, 0.0, seconds)
-        return _HEADED.pack(_PLAIN.size, _VALUE, job, function, value, seconds)
+
+Records = list[tuple[int, int, int, float, float]]
+"""Common reports, of one completion and without failure or anything logged: job, function, whether it applies, value,
+seconds."""
+
+
+def encode_report(job: int, function: int, outcomes: Sequence[Outcome], seconds: float, logged: Logged) -> bytes:
+    """Return a record if the report is a common one, else the framed message of a Report."""
+    value, failure = outcomes[0]
+    if len(outcomes) == 1 and not (failure or logged.extras or logged.metrics):
+        return _RECORD.pack(job, function, value is not None, 0.0 if value is None else value, seconds)
     return encode_message(
         {
             "job": job,
@@ -101,7 +126,12 @@ def encode_report(job: int, function: int, outcomes: list[Outcome], seconds: flo
     )
 
 
-Message = Report | dict[str, Any]
+def encode_records(records: Sequence[bytes]) -> bytes:
+    """Return the framed message of records in a row."""
+    return b"".join((_LENGTH.pack(1 + RECORD_BYTES * len(records)), bytes([_RECORDS]), *records))
+
+
+Message = Report | Records | dict[str, Any]
 
 
 class WireError(ValueError):
@@ -176,10 +206,9 @@ class MessageReader:
 
 
 def _decoded(buffer: bytearray, start: int, length: int) -> Message:
-    if length == _PLAIN.size and buffer[start] in (_VALUE, _NOTHING):
-        tag, job, function, value, seconds = _PLAIN.unpack_from(buffer, start)
-        return Report(job, function, [Outcome(value if tag == _VALUE else None)], seconds)
     try:
+        if length and buffer[start] == _RECORDS:
+            return list(_RECORD.iter_unpack(bytes(buffer[start + 1 : start + length])))
         message = json.loads(bytes(buffer[start : start + length]))
         if not isinstance(message, dict):
             raise WireError("a message that is not a mapping")
@@ -188,5 +217,5 @@ def _decoded(buffer: bytearray, start: int, length: int) -> Message:
         message["outcomes"] = [Outcome(*outcome) for outcome in message["outcomes"]]
         message["metrics"] = [(name, value) for name, value in message["metrics"]]
         return Report(**message)
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, struct.error) as e:
         raise WireError("a message that is not one of ours") from e

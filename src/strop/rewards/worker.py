@@ -21,9 +21,19 @@ from .call import BoundFunction, Completion
 from .limits import die_with_parent, limit_worker
 from .load import Loaded, load
 from .progress import Progress
-from .wire import LENGTH_BYTES, Setup, Work, decode_work, encode_message, encode_report
+from .wire import (
+    LENGTH_BYTES,
+    RECORD_BYTES,
+    Setup,
+    Work,
+    decode_work,
+    encode_message,
+    encode_records,
+    encode_report,
+    length_at,
+)
 
-QUICK_S = 0.001
+QUICK_S = 0.004
 """Reports of calls that take less are held back for as long, to be sent together. A worker that dies takes those along;
 their calls are then made again."""
 READ_BYTES = 1 << 16
@@ -67,46 +77,60 @@ class Channel:
 
     def __init__(self, inbox: int, outbox: int) -> None:
         self._inbox, self._outbox = inbox, outbox
-        self._data = b""
-        self._at = 0
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._begin = self._end = 0
         self._held: list[bytes] = []
         self._held_since = 0.0
 
     def receive(self) -> memoryview | None:
-        """Return the body of the next message; None at the end. What is held back is sent before it waits."""
-        while True:
-            there = len(self._data) - self._at
-            length = int.from_bytes(self._data[self._at : self._at + LENGTH_BYTES]) if there >= LENGTH_BYTES else 0
-            if there >= LENGTH_BYTES + length and there >= LENGTH_BYTES:
-                begin = self._at + LENGTH_BYTES
-                self._at = begin + length
-                return memoryview(self._data)[begin : self._at]
-            self.flush()
-            more = os.read(self._inbox, max(READ_BYTES, LENGTH_BYTES + length - there))
-            if not more:
-                return None
-            self._data, self._at = self._data[self._at :] + more, 0
+        """Return the body of the next message; None at the end. What is held back is sent before it waits.
 
-    def hold(self, message: bytes, began: float, now: float) -> None:
+        A body is a view that the next call overwrites.
+        """
+        while True:
+            begin, there = self._begin, self._end - self._begin
+            wanted = LENGTH_BYTES
+            if there >= LENGTH_BYTES:
+                wanted += length_at(self._buffer, begin)[0]
+                if there >= wanted:
+                    self._begin = begin + wanted
+                    return self._buffer[begin + LENGTH_BYTES : self._begin]
+            self.flush()
+            old = self._buffer
+            if wanted > len(old) or wanted < len(old) > READ_BYTES:
+                self._buffer = memoryview(bytearray(max(READ_BYTES, wanted)))
+            self._buffer[:there] = old[begin : self._end]
+            self._begin, self._end = 0, there
+            count = os.readv(self._inbox, [self._buffer[there:]])
+            if not count:
+                return None
+            self._end += count
+
+    def hold(self, report: bytes, began: float, now: float) -> None:
         """Send the report of a call, or keep it for a moment; both times are of time.monotonic()."""
+        if len(report) != RECORD_BYTES:
+            self.send(report)
+            return
         if not self._held:
             self._held_since = began
-        self._held.append(message)
+        self._held.append(report)
         if now - self._held_since > QUICK_S:
             self.flush()
 
     def send(self, message: bytes) -> None:
         """Send a message, after what is held back."""
-        self._held.append(message)
-        self.flush()
+        self._write((encode_records(self._held) if self._held else b"") + message)
 
     def flush(self) -> None:
         """Send what is held back."""
-        message = b"".join(self._held)
+        if self._held:
+            self._write(encode_records(self._held))
+
+    def _write(self, data: bytes) -> None:
         self._held.clear()
         written = 0
-        while written < len(message):
-            written += os.write(self._outbox, message[written:] if written else message)
+        while written < len(data):
+            written += os.write(self._outbox, data[written:] if written else data)
 
 
 def serve(channel: Channel, progress: Progress, functions: Sequence[BoundFunction], memory_bytes: int) -> None:
@@ -114,10 +138,12 @@ def serve(channel: Channel, progress: Progress, functions: Sequence[BoundFunctio
     limit_worker(memory_bytes)
     channel.send(encode_message({"ready": True}))
     run_async = _AsyncRunner()
+    process = os.getpid()
     while (body := channel.receive()) is not None:
         try:
-            _score(channel, progress, functions, decode_work(body), run_async)
+            _score(channel, progress, functions, decode_work(body), run_async, process)
         except RewardError as e:
+            _leave_fork(process)
             channel.send(encode_message({"refused": e.message, "hint": e.hint}))
 
 
@@ -127,9 +153,9 @@ def _score(
     functions: Sequence[BoundFunction],
     work: Work,
     run_async: Callable[[Any], Any],
+    process: int,
 ) -> None:
     job, indices, correct, bodies = work
-    process = os.getpid()
     kept: list[Completion] | None = None
     for index in indices:
         function = functions[index]
@@ -138,11 +164,17 @@ def _score(
         # A function of ours leaves its arguments as they are; after any other they are read anew.
         kept = completions if function.pure else None
         outcomes, logged = function.score(completions, run_async, correct)
-        if os.getpid() != process:
-            os._exit(0)  # a child that the function forked and let return
+        if not function.pure:
+            _leave_fork(process)
         now = time.monotonic()
         progress.end()
         channel.hold(encode_report(job, index, outcomes, now - began, logged), began, now)
+
+
+def _leave_fork(process: int) -> None:
+    """End a child that a function forked and let return: it would take work and answer beside its parent."""
+    if os.getpid() != process:
+        os._exit(0)
 
 
 def _unpickled(body: memoryview) -> Completion:

@@ -11,9 +11,6 @@ from ..seeding import rollout_requests
 from ..types import Request, Rollout, ScoredRollout
 from .parts import Parts
 
-FULL_MARK = 1.0 - 1e-6
-"""A completion is right when the first reward function gives at least this."""
-
 
 class UnscoredError(RewardError):
     """Not one completion of an evaluation could be scored."""
@@ -59,8 +56,9 @@ def evaluate(
 ) -> EvalSummary | None:
     """Sample k completions per held-out problem and score them; None when evaluation is off or `stop` says so.
 
-    pass@k is the share of problems with at least one right completion among the k. An unscored completion counts
-    neither way; a problem with none scored is left out. Raises UnscoredError when nothing at all could be scored.
+    pass@k is the share of problems with at least one right completion among the k; right is `ScoredRollout.correct`. A
+    completion without a verdict counts neither way; a problem with none is left out. Raises UnscoredError when there is
+    none at all.
     """
     requests = eval_requests(parts)
     if not requests:
@@ -77,17 +75,12 @@ def evaluate(
             return None
         parts.pool.submit(rollout, group_size=num_samples(parts))
         on_finished(rollout)
-    return summarise(in_order(parts.pool.collect(), requests), num_samples(parts), verdict_name(parts))
+    return summarise(in_order(parts.pool.collect(), requests), num_samples(parts))
 
 
-def verdict_name(parts: Parts) -> str:
-    """Return the reward function whose full mark means right: the first one that has a weight."""
-    return next(name for name, weight in zip(parts.pool.names, parts.pool.weights, strict=True) if weight != 0)
-
-
-def summarise(scored_N: Sequence[ScoredRollout], k: int, verdict: str | None = None) -> EvalSummary:
+def summarise(scored_N: Sequence[ScoredRollout], k: int) -> EvalSummary:
     """Return pass@1 and pass@k of groups of k. Raises UnscoredError when nothing at all was scored."""
-    verdicts = [[correct(s, verdict) for s in scored_N[i : i + k]] for i in range(0, len(scored_N), k)]
+    verdicts = [[s.correct for s in scored_N[i : i + k]] for i in range(0, len(scored_N), k)]
     known = [[v for v in group if v is not None] for group in verdicts]
     known = [group for group in known if group]
     if not known:
@@ -100,9 +93,3 @@ def summarise(scored_N: Sequence[ScoredRollout], k: int, verdict: str | None = N
     return EvalSummary(
         pass_at_1=sum(flat) / len(flat), pass_at_k=sum(map(any, known)) / len(known), k=k, problems=len(known)
     )
-
-
-def correct(scored: ScoredRollout, verdict: str | None = None) -> bool | None:
-    """Whether the verdict function (default: the first) gives its full mark; None when it gave no value."""
-    value = scored.scores[verdict] if verdict is not None else next(iter(scored.scores.values()))
-    return None if value is None else value >= FULL_MARK

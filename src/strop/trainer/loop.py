@@ -18,8 +18,9 @@ from ..objective.schedule import learning_rate
 from ..seeding import rollout_requests
 from ..types import Request
 from .evaluate import finishing_order
+from .opening import open_session
 from .parts import length_shaping
-from .session import Session, open_session
+from .session import Session
 from .update import update
 
 

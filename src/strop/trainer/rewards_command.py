@@ -65,7 +65,7 @@ def check_before_training(prepared: Prepared, note: Callable[[str], None], say: 
     result = run_check(setting, linted=True)
     for complaint in result.complaints:
         if complaint.severity == "WARN":
-            note(f"check of reward functions: {complaint.message}")
+            note(f"check of reward functions: {complaint.message}\n  hint: {complaint.hint}")
     result.raise_if_failed()
 
 

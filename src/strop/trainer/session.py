@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,17 @@ from ..monitor.summary import EvalSummary, StopReason, build_summary
 from ..monitor.trackers import Trackers
 from ..objective.samples import SampleBatch
 from ..policy import lora
-from ..policy.optim import Optimizer, make_optimizer
-from ..rewards.lint import check_rewards
+from ..policy.optim import Optimizer
 from ..types import Metric, ScoredRollout, StepStats, merge_metrics
 from .canary import VerdictChangedError
-from .checkpoint import Checkpoint, read_latest, write_checkpoint
-from .evaluate import UnscoredError, correct, eval_requests, evaluate, num_samples, verdict_name
+from .checkpoint import write_checkpoint
+from .evaluate import UnscoredError, eval_requests, evaluate, num_samples
 from .interrupt import Interrupt
-from .parts import Parts, build, length_shaping, make_pool, prepare
-from .rewards_command import check_before_training
-from .runfolder import RunFolder, open_run_folder
+from .parts import Parts
+from .runfolder import RunFolder
 from .state import RunState
 from .update import MicroBatchLimit
-from .watch import DIAGNOSES_FILE, Watch, open_watch, stopped_by
+from .watch import Watch, stopped_by
 
 MAX_NONFINITE_STEPS = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -116,8 +114,7 @@ class Session:
     ) -> None:
         """Write the finished step's metrics and rollouts, advance the step number and guard against divergence."""
         step, config, state = self.state.step, self.config, self.state
-        verdict = verdict_name(self.parts)
-        verdicts = [v for s in scored_N if (v := correct(s, verdict)) is not None]
+        verdicts = [s.correct for s in scored_N if s.correct is not None]
         seen = self.watch.see(scored_N, batch.advantages_N)
         extra = {
             "accuracy": Metric(sum(verdicts), len(verdicts)),
@@ -292,78 +289,6 @@ def _is_nonfinite(scored_N: list[ScoredRollout], stats: StepStats) -> bool:
     if not stats.stepped and "grad_norm" in stats.metrics:
         return True
     return not all(math.isfinite(x) for s in scored_N for seg in s.rollout.segments for x in seg.logprobs or ())
-
-
-@contextmanager
-def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session]:
-    """Build a run, restore its newest checkpoint when resuming, and close everything at the end."""
-    started = time.monotonic()
-    with ExitStack() as stack:
-        folder = stack.enter_context(open_run_folder(out, config, resume=resume))
-        progress = stack.enter_context(Progress(stall_warning_s=config.run.stall_warning_s))
-        interrupt = stack.enter_context(Interrupt(progress.say))
-        for notice in folder.notices:
-            progress.note(notice)
-        (folder.path / "summary.json").unlink(missing_ok=True)  # of an earlier stop
-        with progress.phase("start"):
-            checkpoint = read_latest(folder.path) if resume else None
-            prepared = prepare(config, checkpoint.state["promise"] if checkpoint else None)
-            for warning in check_rewards(config, prepared.task.default_rewards):
-                progress.note(warning)
-            for line in [*prepared.plan.lines(), *map(str, filter(None, [length_shaping(config)]))]:
-                progress.say(line)
-            folder.write_json("plan.json", prepared.plan.as_dict())
-            for notice in folder.write_environment(threads=prepared.plan.threads):
-                progress.note(notice)
-            verdicts = folder.path / "verdicts.jsonl"
-            pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, verdicts, progress.note))
-            if checkpoint is None:
-                check_before_training(prepared, progress.note, progress.say)
-            parts = stack.enter_context(build(prepared, pool, progress.note))
-            optimizer = make_optimizer(parts.policy.trainable, config.optim)
-            state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
-            pool.wait_ready()
-            last_step = state.step - 1 if resume else None
-            metrics = stack.enter_context(MetricsLog(folder.metrics_path, resume_step=last_step))
-            diagnoses = stack.enter_context(MetricsLog(folder.path / DIAGNOSES_FILE, resume_step=last_step))
-            stored = checkpoint.state.get("monitor", {}) if checkpoint else None
-            watch = open_watch(config, folder.path, parts, diagnoses, stored)
-            watch.remind(progress)
-            rollouts = RolloutStore(folder.rollouts_path)
-            if resume:
-                rollouts.truncate_after(last_step)
-            trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
-            stack.callback(trackers.close)
-            progress.start_at(state.step, config.run.max_steps)
-        session = Session(
-            config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, watch, state,
-            saved_step=checkpoint.step if checkpoint else -1, started=started,
-            limit=MicroBatchLimit(note=progress.note),
-        )  # fmt: skip
-        if watch.canary is not None:
-            session.check_canary()
-        yield session
-
-
-def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: Optimizer, progress: Progress) -> RunState:
-    for message in checkpoint.skipped:
-        progress.note(message)
-    optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
-    parts.weights.publish()
-    state = RunState.from_dict(checkpoint.state)
-    parts.weights.version = state.step
-    before, now = checkpoint.state["promise"], parts.plan.promise()
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    if changed:
-        progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
-    versions = parts.pool.versions()
-    known: dict[str, str] = checkpoint.state.get("reward_versions", versions)
-    if rewritten := [name for name, version in versions.items() if known.get(name) != version]:
-        progress.note(f"reward functions changed since the checkpoint, so rewards may: {', '.join(rewritten)}")
-    progress.say(f"resumed at step {state.step} from {checkpoint.path.name}")
-    if state.step >= parts.config.run.max_steps:
-        progress.note(f"run.max_steps is {parts.config.run.max_steps}: there is no step left to make")
-    return state
 
 
 def shown(result: EvalSummary) -> str:

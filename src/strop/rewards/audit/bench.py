@@ -7,13 +7,17 @@ the run. Nothing is sampled and no weights are loaded.
 from __future__ import annotations
 
 import copy
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import StropError
 from ...seeding import derive_seed
 from ...types import Problem, Rollout, ScoredRollout, Segment
 from ..combine import Rules, make_rules
@@ -33,19 +37,36 @@ MIN_ENCODED_CHARS, CHARS_PER_TOKEN = 1 << 14, 8
 """Characters that are tokenised of a text longer than any completion of the run."""
 NEARLY = 0.05
 """Forms whose rewards differ by less than this part of the whole range are equally good: the first one is taken."""
+PRINTED_BYTES = 2000
+"""What is shown of that which functions printed, where they broke down."""
 STYLE_ROWS = 4
 """Rows on which the form of the answer is found."""
 
 
-def open_pool(setting: Setting) -> RewardPool:
-    """Return a pool of the run's configuration without a log of verdicts, not started yet."""
-    return RewardPool(
-        setting.config,
-        default_funcs=setting.default_funcs,
-        max_completion_length=setting.max_completion_length,
-        max_steps=setting.max_steps,
-        note=setting.note,
-    )
+@contextmanager
+def open_pool(setting: Setting) -> Iterator[RewardPool]:
+    """Yield a started pool of the run's configuration without a log of verdicts.
+
+    What functions print about made-up completions is dropped, but for its end where the pool breaks down: it may say
+    why.
+    """
+    with tempfile.TemporaryDirectory(prefix="strop-check-") as folder:
+        printed = Path(folder) / "printed"
+        try:
+            with RewardPool(
+                setting.config,
+                default_funcs=setting.default_funcs,
+                output=printed,
+                max_completion_length=setting.max_completion_length,
+                max_steps=setting.max_steps,
+                note=setting.note,
+            ) as pool:
+                yield pool
+        except StropError:
+            if printed.exists():
+                end = printed.read_bytes()[-PRINTED_BYTES:].decode("utf-8", "replace")
+                print(end, end="" if end.endswith("\n") or not end else "\n", file=sys.stderr)
+            raise
 
 
 class Bench:
@@ -264,7 +285,8 @@ class Bench:
 
     def _best_style(self, answers: Sequence[tuple[Problem, Gold]]) -> Style:
         """Return the style with the most right answers and the highest rewards; stop early where all marks are full."""
-        styles = styles_for(answers[0][0])
+        asked = self.setting.config.options.get("script_consistency", {}).get("script")
+        styles = styles_for(answers[0][0], asked if isinstance(asked, str) else None)
         totals: dict[Style, tuple[int, float]] = {}
         for part in (styles[:3], styles[3:]):
             attempts = [Attempt(p, style.write(g.text, p.prefill)) for style in part for p, g in answers]
@@ -324,7 +346,8 @@ class Bench:
 
     def padded(self, row: Row, answer: str, num_tokens: int, seed: int = 0) -> str:
         """Return a completion with this answer and about `num_tokens` more tokens of reasoning."""
-        return row.write(answer, f"{THOUGHT} {self.filler(num_tokens, seed)}".strip())
+        thought = THOUGHT if row.style is None else row.style.thought
+        return row.write(answer, f"{thought} {self.filler(num_tokens, seed)}".strip())
 
     def filler(self, num_tokens: int, seed: int = 0) -> str:
         """Return plain words of about this many tokens, without numbers and without repeated phrases."""

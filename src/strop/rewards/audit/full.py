@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...types import ScoredRollout
 from ..answers import parse_number
-from .bench import TOLERANCE, Bench
+from .bench import Bench
 from .records import Attempt, Row
 from .registry import Finding, Hit, ok, probe, shown, skip
 
@@ -55,7 +55,7 @@ def variants(bench: Bench) -> Finding:
     refused = [
         (name, Hit(row, attempt, one))
         for (name, row, attempt), one in zip(tried, scored, strict=True)
-        if not _still_right(bench, row, one)
+        if not still_right(bench, row, one)
     ]
     highest = max((one.reward for one in scored if one.reward is not None), default=None)
     kinds = len({name for name, _, _ in tried})
@@ -125,13 +125,17 @@ def _around(row: Row) -> Iterator[tuple[str, str]]:
     yield "Windows line breaks", row.right.replace("\n", "\r\n")
 
 
-def _still_right(bench: Bench, row: Row, scored: ScoredRollout) -> bool:
-    """Whether a variant is as right as the original; what it earns for its form is not compared."""
+def still_right(bench: Bench, row: Row, scored: ScoredRollout) -> bool:
+    """Whether a variant is as right as the original; what it earns for its form is not compared.
+
+    Where the original does not count as right, since nothing says what is, the variant has to earn more than halfway
+    from the wrong answer to the right one.
+    """
     right = bench.right_of(row)
-    if right.correct is not None:
-        return scored.correct == right.correct
-    merits = bench.merit(scored), bench.merit(right)
-    return merits[0] is not None and merits[1] is not None and merits[0] >= merits[1] - TOLERANCE
+    if right.correct is True:
+        return scored.correct is True
+    merit, best, worst = (bench.merit(one) for one in (scored, right, bench.wrong_of(row)))
+    return merit is not None and best is not None and worst is not None and merit > (best + worst) / 2
 
 
 def _form(bench: Bench) -> str:

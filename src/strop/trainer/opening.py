@@ -1,0 +1,97 @@
+"""Opening a run: its folder, its parts, its newest checkpoint when it goes on; what can fail cheaply comes first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ..config import Config
+from ..monitor.metrics import MetricsLog
+from ..monitor.progress import Progress
+from ..monitor.rollouts import RolloutStore
+from ..monitor.trackers import Trackers
+from ..policy.optim import Optimizer, make_optimizer
+from ..rewards.lint import check_rewards
+from .checkpoint import Checkpoint, read_latest
+from .interrupt import Interrupt
+from .parts import Parts, build, length_shaping, make_pool, prepare
+from .rewards_command import check_before_training
+from .runfolder import open_run_folder
+from .session import OPTIMIZER_FILE, Session
+from .state import RunState
+from .update import MicroBatchLimit
+from .watch import DIAGNOSES_FILE, open_watch
+
+
+@contextmanager
+def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session]:
+    """Build a run, restore its newest checkpoint when resuming, and close everything at the end."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_run_folder(out, config, resume=resume))
+        progress = stack.enter_context(Progress(stall_warning_s=config.run.stall_warning_s))
+        interrupt = stack.enter_context(Interrupt(progress.say))
+        for notice in folder.notices:
+            progress.note(notice)
+        (folder.path / "summary.json").unlink(missing_ok=True)  # of an earlier stop
+        with progress.phase("start"):
+            checkpoint = read_latest(folder.path) if resume else None
+            prepared = prepare(config, checkpoint.state["promise"] if checkpoint else None)
+            for warning in check_rewards(config, prepared.task.default_rewards):
+                progress.note(warning)
+            for line in [*prepared.plan.lines(), *map(str, filter(None, [length_shaping(config)]))]:
+                progress.say(line)
+            folder.write_json("plan.json", prepared.plan.as_dict())
+            for notice in folder.write_environment(threads=prepared.plan.threads):
+                progress.note(notice)
+            verdicts = folder.path / "verdicts.jsonl"
+            pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, verdicts, progress.note))
+            if checkpoint is None:
+                check_before_training(prepared, progress.note, progress.say)
+            parts = stack.enter_context(build(prepared, pool, progress.note))
+            optimizer = make_optimizer(parts.policy.trainable, config.optim)
+            state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
+            pool.wait_ready()
+            last_step = state.step - 1 if resume else None
+            metrics = stack.enter_context(MetricsLog(folder.metrics_path, resume_step=last_step))
+            diagnoses = stack.enter_context(MetricsLog(folder.path / DIAGNOSES_FILE, resume_step=last_step))
+            stored = checkpoint.state.get("monitor", {}) if checkpoint else None
+            watch = open_watch(config, folder.path, parts, diagnoses, stored)
+            watch.remind(progress)
+            rollouts = RolloutStore(folder.rollouts_path)
+            if resume:
+                rollouts.truncate_after(last_step)
+            trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
+            stack.callback(trackers.close)
+            progress.start_at(state.step, config.run.max_steps)
+        session = Session(
+            config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, watch, state,
+            saved_step=checkpoint.step if checkpoint else -1, started=started,
+            limit=MicroBatchLimit(note=progress.note),
+        )  # fmt: skip
+        if watch.canary is not None:
+            session.check_canary()
+        yield session
+
+
+def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: Optimizer, progress: Progress) -> RunState:
+    for message in checkpoint.skipped:
+        progress.note(message)
+    optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
+    parts.weights.publish()
+    state = RunState.from_dict(checkpoint.state)
+    parts.weights.version = state.step
+    before, now = checkpoint.state["promise"], parts.plan.promise()
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
+    versions = parts.pool.versions()
+    known: dict[str, str] = checkpoint.state.get("reward_versions", versions)
+    if rewritten := [name for name, version in versions.items() if known.get(name) != version]:
+        progress.note(f"reward functions changed since the checkpoint, so rewards may: {', '.join(rewritten)}")
+    progress.say(f"resumed at step {state.step} from {checkpoint.path.name}")
+    if state.step >= parts.config.run.max_steps:
+        progress.note(f"run.max_steps is {parts.config.run.max_steps}: there is no step left to make")
+    return state
