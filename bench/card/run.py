@@ -41,14 +41,16 @@ class PeakMemory(threading.Thread):
         import pynvml
 
         pynvml.nvmlInit()
-        self._read, self._handle = pynvml.nvmlDeviceGetMemoryInfo, pynvml.nvmlDeviceGetHandleByIndex(card_index())
+        handle = pynvml.nvmlDeviceGetHandleByIndex(card_index())
+        # Version 2 reports what nvidia-smi shows; version 1 adds what the driver itself reserves.
+        self._used = lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used
         self.peak, self._done = 0, threading.Event()
         self.start()
 
     def run(self) -> None:
         """Sample until `stop`."""
         while not self._done.wait(0.02):
-            self.peak = max(self.peak, self._read(self._handle).used)
+            self.peak = max(self.peak, self._used())
 
     def stop(self) -> float:
         """End sampling and return the peak in GiB."""
