@@ -10,12 +10,14 @@ the whole card, sampled every 20 ms. `mfu_6n` = 6 x (linears + head) x tokens pe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,6 +63,7 @@ class PeakMemory(threading.Thread):
 
 def main() -> None:
     """Run what was asked for; each finished row is written at once."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the contender
     given = _arguments()
     card = _card_name()
     target = given.out / f"{datetime.date.today()}-{re.sub(r'[^A-Za-z0-9]+', '-', card)}.json"
@@ -90,7 +93,7 @@ def run(work: Workload, contender: str, model: str, given: argparse.Namespace) -
     command += ["--data", given.data] if given.data else []
     peak, started = PeakMemory(), time.time()
     with log.open("wb") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=given.timeout).returncode
+        code = _run_alone(command, output, given.timeout)
     row: dict[str, Any] = {"workload": work.id, "contender": contender, "seed": given.seed,
                            "peak_gib": round(peak.stop(), 2), "wall_s": round(time.time() - started, 1)}  # fmt: skip
     events = [json.loads(line) for line in events_path.read_text().splitlines()] if events_path.exists() else []
@@ -99,6 +102,19 @@ def run(work: Workload, contender: str, model: str, given: argparse.Namespace) -
         row["failed"] = log.read_text(errors="replace")[-1500:]
     print(json.dumps({k: v for k, v in row.items() if k != "rows"}), flush=True)
     return row
+
+
+def _run_alone(command: list[str], output: Any, timeout: float) -> int:
+    """Run a contender in a process group of its own and leave none of it behind, whatever ends this call."""
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def summarise(work: Workload, events: list[dict[str, Any]], started: float, card: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from .probe import card_uuid, look_at_card
+
 SETTLING_PHASES = 6
 """Phases during which bytes beside torch are measured again: kernels are loaded when they are first used."""
 UNSETTLED_BYTES = 160 << 20
@@ -44,9 +46,15 @@ class VramDial:
     def _limit(self, released: int) -> None:
         if self._phases < SETTLING_PHASES:
             self._phases += 1
-            free, _ = torch.cuda.mem_get_info()
-            reserved = torch.cuda.memory_reserved() - released
-            self._beside = max(self._beside, self._free_before - free - reserved)
+            self._beside = max(self._beside, self._held() - (torch.cuda.memory_reserved() - released))
         unsettled = UNSETTLED_BYTES if self._phases < SETTLING_PHASES else 0
         allowed = min(self._total, max(0, self._cap - self._beside - unsettled) + released)
         torch.cuda.set_per_process_memory_fraction(allowed / self._total)
+
+    def _held(self) -> int:
+        """Return what this process holds on the card: its own as the driver counts it, else what is free no longer."""
+        use = look_at_card(card_uuid())
+        gone = self._free_before - torch.cuda.mem_get_info()[0]
+        # Another process may have come or gone meanwhile. A number that cannot be ours is one of another's processes.
+        own = use.own_bytes if use is not None else None
+        return own if own is not None and own >= torch.cuda.memory_allocated() else gone

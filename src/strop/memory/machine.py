@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .probe import CardProcess, look_at_card
+from .probe import CardProcess, card_uuid, look_at_card
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,7 @@ def detect_machine() -> Machine:
     if torch.cuda.is_available():
         # In this order: to ask CUDA itself for its free memory makes a context, which takes half a gigabyte of it.
         properties = torch.cuda.get_device_properties(0)
-        uuid = str(properties.uuid)
-        use = look_at_card(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        use = look_at_card(card_uuid())
         free, total = torch.cuda.mem_get_info() if use is None else (use.free_bytes, use.total_bytes)
         others = use.processes if use is not None else ()
         return Machine("cuda", properties.name, cores, free, torch.cuda.is_bf16_supported(), total, others)

@@ -50,6 +50,8 @@ class CardUse:
     free_bytes: int
     processes: tuple[CardProcess, ...]
     """Without this one; those of other containers may be missing."""
+    own_bytes: int | None = None
+    """What this process holds; None where the driver does not say (Windows, containers with numbers of their own)."""
 
 
 def look_at_card(uuid: str) -> CardUse | None:
@@ -67,12 +69,23 @@ def look_at_card(uuid: str) -> CardUse | None:
         memory = _Memory()
         if nvml.nvmlDeviceGetMemoryInfo(card, ctypes.byref(memory)) != 0:
             return None
-        return CardUse(memory.total, memory.free, _processes(nvml, card))
+        found = _processes(nvml, card)
+        own = found.pop(os.getpid(), None)
+        others = sorted(found.values(), key=lambda p: -(p.memory_bytes or 0))
+        return CardUse(memory.total, memory.free, tuple(others), own.memory_bytes if own else None)
     finally:
         nvml.nvmlShutdown()
 
 
-def _processes(nvml: ctypes.CDLL, card: ctypes.c_void_p) -> tuple[CardProcess, ...]:
+def card_uuid() -> str:
+    """Return the name that NVML knows CUDA's first card by; makes no CUDA context."""
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
+def _processes(nvml: ctypes.CDLL, card: ctypes.c_void_p) -> dict[int, CardProcess]:
     found: dict[int, CardProcess] = {}
     for kind in ("Compute", "Graphics"):
         ask = getattr(nvml, f"nvmlDeviceGet{kind}RunningProcesses_v3", None)
@@ -80,10 +93,9 @@ def _processes(nvml: ctypes.CDLL, card: ctypes.c_void_p) -> tuple[CardProcess, .
         if ask is None or ask(card, ctypes.byref(count), table) != 0:
             continue
         for entry in table[: count.value]:
-            if entry.pid != os.getpid():
-                size = None if entry.used == _UNKNOWN else int(entry.used)
-                found[entry.pid] = CardProcess(entry.pid, _name(entry.pid), size)
-    return tuple(sorted(found.values(), key=lambda p: -(p.memory_bytes or 0)))
+            size = None if entry.used == _UNKNOWN else int(entry.used)
+            found[entry.pid] = CardProcess(entry.pid, _name(entry.pid), size)
+    return found
 
 
 def _name(pid: int) -> str:
