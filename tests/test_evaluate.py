@@ -55,7 +55,7 @@ def config(folder: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
         "model": {"path": str(tiny_model()), "engine": "transformers"},
         "lora": {"r": 0},
         "task": {"name": "dataset", "path": str(data), "max_prompt_length": 40, "shuffle": False},
-        "rewards": {"funcs": [f"{folder}/spy.py:first_byte_is_low"]},
+        "rewards": {"funcs": [f"{folder}/spy.py:first_byte_is_low"], "check": False},
         "rollout": {"num_prompts": 2, "num_generations": 4, "max_completion_length": 6, "temperature": 0.8},
         "optim": {"learning_rate": 5e-2},
         "run": {

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from strop import cli, load_config
 from strop.errors import RewardError
-from strop.rewards.audit import solvers, texts
+from strop.rewards.audit import robustness, solvers, texts
 from strop.rewards.audit.length import pearson, spearman
 from strop.rewards.audit.registry import FAMILIES, Finding
 from strop.rewards.audit.report import Report
@@ -88,15 +88,16 @@ def test_our_own_rewards_pass_every_probe(tmp_path: Path) -> None:
         "ngram_repetition",
         "compression_ratio",
     ]
-    report = audit(dataset(tmp_path, SUMS, BOXED), funcs, weights=[1.0, 0.1, 0.1, 0.1, 0.5, 0.2, 0.2])
+    weights = [1.0, 0.1, 0.1, 0.1, 0.5, 0.2, 0.2]
+    report = audit(dataset(tmp_path, SUMS, BOXED), funcs, weights=weights, rows=4, length=400)
     assert failing(report) == {}
     assert not report.failed
     assert len(report.findings) == len(all_probes())
     found = by_id(report)
     assert {i for i, finding in found.items() if finding.severity == "SKIP"} == set()
     assert {i for i, finding in found.items() if finding.severity == "WARN"} <= {"Z9", "Z15", "P2"}
-    assert found["P1"].of == found["Z1"].of == 8
-    assert found["P1"].max_score == pytest.approx(1.3, abs=0.02)
+    assert found["P1"].of == found["Z1"].of == 4
+    assert found["P1"].max_score == pytest.approx(1.3, abs=0.03)
     assert found["G1"].of == 1000
     assert [function.gated for function in report.functions] == [False, True, True, True, False, False, False]
 
@@ -179,6 +180,13 @@ FAULTS: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], dict[str, str
 }  # fmt: skip
 
 
+@pytest.fixture
+def short_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs, hangs as well for less than the two seconds that the audit waits."""
+    monkeypatch.setattr(robustness, "HANG_LIMIT_S", 0.4)
+
+
+@pytest.mark.usefixtures("short_hangs")
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_known_fault_is_caught_by_a_named_probe(name: str, tmp_path: Path) -> None:
     data, others, settings, expected = FAULTS[name]
@@ -192,6 +200,7 @@ def test_each_known_fault_is_caught_by_a_named_probe(name: str, tmp_path: Path) 
     assert report.failed
 
 
+@pytest.mark.usefixtures("short_hangs")
 def test_a_lenient_countdown_is_caught_with_the_expression_that_shows_it() -> None:
     report = audit({"name": "countdown"}, [f"{BAD}:lenient_countdown"], only=["Z12", "Z13", "D8", "P1", "R1"])
     found = by_id(report)
@@ -218,6 +227,40 @@ def test_what_a_function_does_beside_computing_is_seen(tmp_path: Path, monkeypat
     assert "`meddling` reads the clock" in found["D8"].said
     assert "`noisy` draws from the global generator of random" in found["D5"].said
     assert "meddling" not in found["D5"].said
+
+
+OWN = """
+def correct(completions, answer, **kwargs):
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(text.split("</think>")[-1].strip() == gold) for text, gold in zip(texts, answer)]
+
+async def later(completions, answer, **kwargs):
+    return correct(completions, answer)
+
+def broken(completions, answer, **kwargs):
+    return [answer["gold"]]
+"""
+
+
+@pytest.mark.parametrize("function", ["correct", "later"])
+def test_the_function_of_the_readme_passes_also_where_it_is_awaited(function: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    funcs = [f"{tmp_path}/own.py:{function}"]
+    report = audit(dataset(tmp_path, SUMS, "{question}"), funcs, only=["P1", "Z1", "Z13", "R4", "D6"], rows=3)
+    assert {i: f.said for i, f in by_id(report).items() if f.severity != "OK"} == {}
+
+
+@pytest.mark.parametrize(("function", "reason"), [("broken", "raised TypeError"), ("numeric", "no function with a")])
+def test_rewards_that_score_nothing_do_not_pass(function: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    funcs = [function if function == "numeric" else f"{tmp_path}/own.py:{function}"]
+    rows = [{**row, "answer": f"see {row['answer']}"} for row in SUMS]
+    report = audit(dataset(tmp_path, rows, BOXED), funcs, only=["Z1", "P1", "R5"], rows=3)
+    found = by_id(report)
+    assert found["P1"].severity == "FAIL"
+    assert reason in found["P1"].said
+    assert found["Z1"].severity == "SKIP"
+    assert found["R5"].severity == ("OK" if function == "numeric" else "FAIL")
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
@@ -268,7 +311,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_1(tmp_path: Path) -> N
     )
     assert result.exit_code == 1, result.output
     assert "Z9" in result.output
-    assert "change:" in result.output
+    assert "hint:" in result.output
     found = json.loads(out.read_text())
     assert found["counts"]["FAIL"] == 1
     assert [probe["id"] for probe in found["probes"]] == ["Z1", "Z9", "G4"]
@@ -281,6 +324,10 @@ def test_the_command_prints_a_table_writes_json_and_exits_1(tmp_path: Path) -> N
     wrong = runner.invoke(cli.app, ["rewards", "audit", str(config), "--only", "Z99"])
     assert wrong.exit_code == 2
     assert "Z99" in wrong.output
+    nowhere = runner.invoke(cli.app, ["rewards", "audit", str(config), "--json", str(tmp_path / "none" / "found.json")])
+    assert nowhere.exit_code == 2
+    assert "cannot be written" in nowhere.output
+    assert "probe " not in nowhere.output
 
 
 def test_the_lint_is_part_of_the_audit(tmp_path: Path) -> None:

@@ -31,6 +31,36 @@ import numpy as np
 def length(completions, **kwargs):
     return [float(len(c)) for c in completions]
 
+class Spiteful(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+    __repr__ = __str__
+    __float__ = __str__
+
+def spiteful(completions, **kwargs):
+    if completions[0] == "raised":
+        raise Spiteful
+    if completions[0] == "half a character":
+        raise ValueError("\\ud800")
+    return Spiteful() if completions[0] == "returned" else [Spiteful()] if completions[0] == "in a list" else [1.0]
+
+def forks(completions, **kwargs):
+    if os.fork() == 0:
+        if completions[0] == "raises":
+            raise ValueError
+        return "no list" if completions[0] == "breaks the contract" else [5.0]
+    return [1.0]
+
+def forges(completions, **kwargs):
+    import struct
+    record = struct.pack(">BQHBdd", 1, 12345, 0, 1, 99.0, 0.0)
+    for descriptor in range(3, 40):
+        try:
+            os.write(descriptor, struct.pack(">I", len(record)) + record)
+        except OSError:
+            pass
+    return [1.0]
+
 def draws(completions, **kwargs):
     return [random.random() + np.random.random() for _ in completions]
 
@@ -134,6 +164,34 @@ def rollout(text: str, seed: int = 0, answer: object = "3") -> Rollout:
 
 def step(pool: RewardPool, *texts: str) -> list[float | None]:
     return [scored.reward for scored in pool.score(rollout(text, seed) for seed, text in enumerate(texts))]
+
+
+def test_objects_whose_text_cannot_be_made_end_no_worker() -> None:
+    with pool_of("spiteful") as pool:
+        pool.wait_ready()
+        pid = pool._crew.workers[0].pid
+        first, second, third = pool.score(
+            rollout(text, i) for i, text in enumerate(("raised", "half a character", "fine"))
+        )
+        assert "raised Spiteful" in first.failures["spiteful"]
+        assert "\\ud800" in second.failures["spiteful"].encode("utf-8").decode()
+        assert third.reward == 1.0
+        assert pool._crew.workers[0].pid == pid
+        with pytest.raises(RewardError, match="returned"):
+            step(pool, "returned")
+    with pool_of("spiteful") as pool, pytest.raises(RewardError, match="a number or None is needed"):
+        step(pool, "in a list")
+
+
+def test_a_forked_child_neither_answers_nor_takes_work() -> None:
+    with pool_of("forks", workers=2) as pool:
+        texts = ["returns", "breaks the contract", "raises"] * 10
+        assert step(pool, *texts) == [1.0] * len(texts)
+
+
+def test_an_answer_to_nothing_that_was_asked_stops_the_run() -> None:
+    with pool_of("forges") as pool, pytest.raises(RewardError, match="none of ours"):
+        step(pool, "x")
 
 
 def below_launcher(pool: RewardPool) -> list[int]:

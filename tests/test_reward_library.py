@@ -223,7 +223,7 @@ CITIES = ["Rome", "Paris", "Oslo", "Bern"]
         (r"\boxed{B. Rome}", 0.0), (r"\boxed{A}", 0.0), (r"\boxed{E}", 0.0), ("A B C D", 0.0), ("A or B", 0.0),
         (r"\boxed{A, B}", 0.0), (r"\boxed{A}\boxed{B}", 0.0), (r"\boxed{B}\boxed{A}", 0.0), ("B, C", 0.0),
         ("Answer: A\nAnswer: B", 0.0), ("Answer: A\nAnswer: B\nAnswer: C\nAnswer: D", 0.0),
-        ("Answer: A\n\\boxed{B}", 0.0),
+        ("Answer: A\n\\boxed{B}", 0.0), ("Answer: B\n\nFinal: C", 0.0), ("Final: B", 1.0),
         ("Because", 0.0), ("I think it is B", 0.0), ("The answer is B because A is wrong", 0.0), ("", 0.0),
         (r"<think>\boxed{B}", 0.0), (r"<think>\boxed{B}</think>\boxed{C}", 0.0),
     ],

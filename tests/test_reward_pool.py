@@ -272,7 +272,7 @@ def test_load_errors_surface_before_any_rollout(folder: Path) -> None:
     with (
         RewardPool(RewardsConfig(funcs=("dies.py:f",)), default_funcs=()) as pool,
         pytest.raises(
-            RewardError, match=r"3 reward workers in a row died without an answer, the last with exit code 9"
+            RewardError, match=r"3 reward workers in a row died without an answer, .* the last with exit code 9"
         ),
     ):
         pool.wait_ready()

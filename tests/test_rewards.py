@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from strop.config import RewardsConfig
 from strop.errors import RewardError
 from strop.rewards.call import BoundFunction, Completion, check_returned
-from strop.rewards.combine import Outcome, combine
+from strop.rewards.combine import Outcome, combine, make_rules
+from strop.rewards.contract import Declaration
+from strop.rewards.library import LIBRARY
 from strop.rewards.load import load_function, read_entries
+from strop.rewards.pool import RewardPool
 from strop.types import Problem, Rollout, Segment
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -205,3 +209,59 @@ def test_a_value_whose_square_no_float_holds_is_unscored() -> None:
     assert huge.reward is None
     assert huge.failures == {"weighted sum": "the weighted sum is 1.8e+100"}
     assert combine(item, ("a",), (1.0,), {"a": Outcome(-9e99)}).reward == -9e99
+
+
+@pytest.mark.parametrize(
+    ("kinds", "weights", "deciding"),
+    [
+        ("correctness other format", (1, 1, 1), {"correctness"}),
+        ("other format", (1, 1), {"other"}),
+        ("format length", (1, 1), {"format"}),
+        ("other format", (-1, 1), {"format"}),  # what is not wanted does not say what is right
+        ("correctness other", (0, 1), {"other"}),
+        ("length repetition", (1, 1), set()),
+    ],
+)
+def test_who_says_what_is_right(kinds: str, weights: tuple[float, ...], deciding: set[str]) -> None:
+    names = kinds.split()
+    rules = make_rules(names, weights, {name: Declaration(kind=name) for name in names})  # type: ignore[arg-type]
+    assert set(rules.marks) == deciding
+
+
+# --- options of built-in functions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("regex_answer", {}, "a regular expression is needed"),
+        ("regex_answer", {"pattern": "(a+)+"}, "a repeat stands inside a repeat"),
+        ("json_schema", {"schema": {"type": "nope"}}, "cannot use a schema"),
+        ("json_schema", {"schema": 3}, "an object is needed"),
+        ("reasoning_gym", {"dataset": "chainsum"}, "did you mean `chain_sum`"),
+        ("numeric", {"tolerance": "a"}, "a number is needed"),
+        ("numeric", {"tolerance": -1}, "at least 0"),
+        ("numeric", {"tolerence": 1}, "there is no option"),
+        ("mcq", {"first_index": "a"}, "a number is needed"),
+        ("script_consistency", {"script": "Latn"}, "there is no script"),
+        ("script_consistency", {"script": 3}, "cannot be used"),
+        ("soft_overlong", {"cache": 400}, "does not fit"),
+        ("soft_overlong", {"cache": "x"}, "cannot be used"),
+        ("cosine", {"min_value_wrong": "x"}, "a number is needed"),
+        ("l1_max", {}, "a number of tokens is needed"),
+        ("ngram_repetition", {"n": 0}, "above 0"),
+        ("python_tests", {"unsafe": "yes"}, "true or false"),
+        ("python_tests", {"memory_mib": 1.5}, "whole number"),
+    ],
+)
+def test_a_bad_option_is_an_error_before_anything_is_started(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RewardError, match=message) as error:
+        RewardPool(RewardsConfig(funcs=(name,), options={name: options}), default_funcs=(), max_completion_length=128)
+    assert error.value.hint
+
+
+def test_every_built_in_that_needs_no_option_is_taken_without_one() -> None:
+    for name in sorted(set(LIBRARY) - {"regex_answer", "l1_max"}):
+        RewardPool(RewardsConfig(funcs=(name,)), default_funcs=(), max_completion_length=128)

@@ -51,9 +51,11 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that nothing here uses
 
 
 @app.command()
@@ -198,8 +200,10 @@ def audit_rewards(
     with _messages():
         _quiet_libraries()
         from .config_load import load_config
-        from .trainer.rewards_command import audit_config, show_audit
+        from .trainer.rewards_command import audit_config, check_report_path, show_audit
 
+        if report is not None:
+            check_report_path(report)
         found = audit_config(
             load_config(config, overrides or []), rows=rows, seed=seed, gold=gold, known_good=known_good,
             only=only or [], without=skip or [],

@@ -159,7 +159,7 @@ class RewardsConfig(Section):
     """Functions that score completions."""
 
     funcs: StrList = ()
-    """Built-in names, `path.py:function` or `package.module:function`; more in docs/rewards.md. Empty: the task's own."""
+    """Built-in names, `path.py:function`, `package.module:function`; see docs/rewards.md. Empty: the task's own."""
     weights: FloatList = ()
     """One per function; 0 means logged only. Empty: all 1."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -248,7 +248,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit` keeps both moments in 8 bits: 2 bytes instead of 8 per trained weight."""
     master: Literal["fp32", "kahan"] = "fp32"
-    """With `lora.r: 0` in 16 bits: an fp32 copy of each weight, or (`kahan`) its rounding error in 16 bits, half of it."""
+    """With `lora.r: 0` in 16 bits: an fp32 copy of each weight, or (`kahan`) its rounding error in 16 bits."""
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 Every message says what was given and what is needed; `hint` names the setting to change. The command prints both and
-exits with `exit_code`, without a traceback. An exception that is not a `StropError` is a bug of ours and keeps its traceback.
+exits with `exit_code`, without a traceback. An exception that is not a `StropError` is a bug of ours and keeps its own.
 Each class also derives from the built-in error that plain Python code would expect in its place.
 """
 

@@ -1,8 +1,8 @@
 """LoRA in the engine as two matrix products per layer.
 
 vLLM keeps several adapters and looks each token's up: on a card with kernels of its own, about twelve launches a layer,
-where a small model's decode step is bound by launches; on a CPU by gathering a copy of the adapter for every token. Here there
-is one adapter, it is always on, and all parts of a fused layer (q, k, v; gate, up) are multiplied at once:
+while launches are what bounds a small model; on a CPU by gathering a copy of the adapter for every token. Here there is
+one adapter, it is always on, and all parts of a fused layer (q, k, v; gate, up) are multiplied at once:
 
     y += (x A^T) B^T      A [parts * R, in] stacked, B [out, parts * R] block-diagonal
 

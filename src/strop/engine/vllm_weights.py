@@ -55,9 +55,7 @@ def _quantised_views(name: str, module: Any, parts: list[str] | None) -> dict[st
     return views
 
 
-def _row_slices(
-    name: str, tensor: torch.Tensor, module: Any, parts: list[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _row_slices(name: str, tensor: torch.Tensor, module: Any, parts: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     if len(parts) == 1:  # fused in transformers' model as well
         yield parts[0], tensor
         return

@@ -299,19 +299,28 @@ def _as_float(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
-    except (TypeError, ValueError):
+    except Exception:  # whatever an object of the user's raises, it is no number
         return None
 
 
 def _shown(value: Any) -> str:
     length = f" of length {len(value)}" if isinstance(value, list | tuple | dict | set | str) else ""
-    return f"{repr(value)[:80]} ({type(value).__name__}{length})"
+    return f"{_text_of(value, repr)[:80]} ({type(value).__name__}{length})"
+
+
+def _text_of(value: Any, convert: Callable[[Any], str]) -> str:
+    """Return the text of an object of the user's, who may have written its conversion, in what can be printed."""
+    try:
+        text = convert(value)
+    except Exception as e:
+        text = f"(its text cannot be made: {type(e).__name__})"
+    return text[:MAX_REASON_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def _raised(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"raised {type(error).__name__}: {str(error)[:MAX_REASON_CHARS]}{where}"
+    return f"raised {type(error).__name__}: {_text_of(error, str)}{where}"
 
 
 def _seed_generators(seed: int) -> None:

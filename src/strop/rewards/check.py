@@ -1,8 +1,9 @@
 """The check of reward functions that runs by itself before step 0: a few completions whose worth is known.
 
-It stops a run only for what cannot be meant: a function that breaks its contract or lacks a column, a correctness
-function that refuses every reference answer or pays for nothing at all, and a reward of 0 for everything. Whatever may
-be intended (a constant, a reward that is no verdict, rows that cannot be scored) is said and does not stop the run.
+It stops a run only for what cannot be meant: a function that breaks its contract or lacks a column, one that fails on
+every row, and a correctness function that refuses every reference answer or pays for nothing at all. Whatever may be
+intended (a reward that is no verdict, some rows that cannot be scored), or may come from a form of answers that is not
+known here (the same reward for everything), is said and does not stop the run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import RewardError
-from ..types import ScoredRollout
+from ..types import Problem, ScoredRollout
 from .answers import opens_thinking
 from .audit.bench import TOLERANCE, Bench, open_pool
 from .audit.full import BASIC, spellings, still_right
@@ -68,7 +69,7 @@ class CheckResult:
         yield from (f"ok    {text}" for text in self.passed)
         for complaint in self.complaints:
             yield f"{complaint.severity:<5} {complaint.message}"
-            yield f"      change: {complaint.hint}"
+            yield f"      hint: {complaint.hint}"
 
     def raise_if_failed(self) -> None:
         """Raise RewardError with the first finding that stops a run."""
@@ -77,16 +78,17 @@ class CheckResult:
                 raise RewardError(f"the check of reward functions failed: {complaint.message}", hint=complaint.hint)
 
 
-def run_check(setting: Setting, *, linted: bool = False) -> CheckResult:
+def run_check(setting: Setting, *, starting: bool = False) -> CheckResult:
     """Check a run's rewards on its first rows. Raises RewardError where a function cannot be loaded.
 
-    `linted`: the lint has already said what it knows without the declarations of the user's functions.
+    `starting`: a run is about to start. The lint has already said what it knows without the declarations of the user's
+    functions, and what may come from a form of answers that is not known here is no reason to stop.
     """
     with open_pool(setting) as pool:
         pool.wait_ready()
         bench = Bench(setting, pool)
-        check = _Check(bench)
-        for item in bench.lint(only_new=linted):
+        check = _Check(bench, starting)
+        for item in bench.lint(only_new=starting):
             if item["severity"] in ("FAIL", "WARN"):
                 check.add("FAIL" if item["severity"] == "FAIL" else "WARN", item["said"], item["advice"])
         try:
@@ -99,8 +101,8 @@ def run_check(setting: Setting, *, linted: bool = False) -> CheckResult:
 class _Check:
     """One pass over the rows; stops asking rows that cannot be scored."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Bench, starting: bool) -> None:
+        self.bench, self.starting = bench, starting
         self.complaints: list[Complaint] = []
         self.passed: list[str] = []
         self.seen: list[ScoredRollout] = []
@@ -121,15 +123,19 @@ class _Check:
         empties: list[ScoredRollout] = []
         for start in range(0, len(problems), CHUNK):
             empties += self.score([Attempt(problem, "") for problem in problems[start : start + CHUNK]])
-            if sum("past the limit" in reason for one in empties for reason in one.failures.values()) >= MAX_TIMEOUTS:
+            if sum(_is_late(one) for one in empties) >= MAX_TIMEOUTS:
                 break  # the rest would only take time
-        self._unscored(empties)
-        good = [problem for problem, one in zip(problems, empties, strict=False) if one.reward is not None]
+        good = self._that_can_be_scored(empties)
         if not good:
             return
         nothing = [Attempt(problem, "") for problem in good]
         nothing += [Attempt(problem, text) for problem in good[:NUM_VARIANT_ROWS] for text in GARBAGE]
-        self._unscored(self.score(nothing)[len(good) :])
+        if lost := [one for one in self.score(nothing) if one.reward is None]:
+            what = "an empty completion" if not lost[0].rollout.text else "garbage"
+            self.add(
+                "WARN", f"{what} cannot be scored: {_why(lost[0])}; such completions teach nothing",
+                "score 0 where there is no answer", lost[0].rollout.problem.id, lost[0].rollout.text,
+            )  # fmt: skip
         self.bench.restrict_to(good)
         self.bench.find_references()
         rows = self.bench.rows
@@ -143,22 +149,40 @@ class _Check:
             self.passed.append("no completion is known to be right, so right answers were not checked")
         self._constant()
 
-    def _unscored(self, scored: Sequence[ScoredRollout]) -> None:
-        lost = [one for one in scored if one.reward is None]
-        if not lost:
-            return
-        rows = list(dict.fromkeys(one.rollout.problem.id for one in lost))
-        first = lost[0]
-        why = next(iter(f"`{n}` {r}" for n, r in first.failures.items()), "no function with a weight applies")
-        more = f" and {len(rows) - 1} other rows" if len(rows) > 1 else ""
-        self.add(
-            "WARN", f"row {rows[0]}{more} cannot be scored: {why}; such completions teach nothing",
-            "mend the function named, or remove the rows", rows[0], first.rollout.text,
-        )  # fmt: skip
+    def _that_can_be_scored(self, empties: Sequence[ScoredRollout]) -> list[Problem]:
+        """Return the problems of which some completion can be scored, and say of which none can.
+
+        A function may well fail on an empty completion alone, so words and the reference answer are tried as well.
+        """
+        golds = {p.id: g.text for p, g in zip(self.bench.setting.problems, self.bench.golds, strict=True) if g}
+        lost: list[ScoredRollout] = []
+        for one in empties:
+            if one.reward is not None:
+                continue
+            problem, others = one.rollout.problem, [GARBAGE[1]]
+            others += [rf"\boxed{{{golds[problem.id]}}}"] if problem.id in golds else []
+            if _is_late(one) or all(o.reward is None for o in self.score([Attempt(problem, t) for t in others])):
+                lost.append(one)
+        ids = {one.rollout.problem.id for one in lost}
+        good = [one.rollout.problem for one in empties if one.rollout.problem.id not in ids]
+        if lost:
+            first, problem = lost[0], lost[0].rollout.problem
+            more = f" and {_count(len(lost) - 1, 'other row')}" if len(lost) > 1 else ""
+            reference = f"; its reference answer is {shorten(golds[problem.id], 60)}" if problem.id in golds else ""
+            stops = not good and not any(map(_is_late, lost))
+            self.add(
+                "FAIL" if stops else "WARN",
+                f"row {problem.id}{more} cannot be scored, whatever the completion: {_why(first)}{reference}; "
+                + ("nothing would be learned" if stops else "such rows teach nothing"),
+                f"mend the function or the column that it reads; {OFF}" if stops
+                else "mend the function named, or remove the rows",
+                problem.id, first.rollout.text,
+            )  # fmt: skip
+        return good
 
     def _gold(self, rows: Sequence[Row]) -> None:
         """Right answers get the maximum: of correctness functions, and of those that judge the form."""
-        bench = self.bench
+        bench, before = self.bench, len(self.complaints)
         for name in bench.names_of("correctness", "format"):
             declared = bench.declarations[name]
             values = [(row, bench.right_of(row).scores[name]) for row in rows]
@@ -171,23 +195,25 @@ class _Check:
             gold = shorten(row.gold.text, 60)
             what = f"the reference answer {gold}" if judges else "a completion in the asked form"
             said = (
-                f"`{name}` gives {what} {value:g} on {len(low)} of {len(values)} rows; its maximum, {declared.high:g}, "
-                "is needed"
+                f"`{name}` gives {what} {value:g} on {len(low)} of {_count(len(values), 'row')}; its maximum, "
+                f"{declared.high:g}, is needed"
             )
             if judges:
-                said += f"; tried: {', '.join(bench.tried) or 'the known-good completion'}"
+                said += f"; tried: {bench.forms_tried}"
             hint = (
                 "task.answer_column has to name the reference answers that this function compares with; " + OFF
                 if judges
                 else "look at what the function asks for, and whether prompt and chat template ask for the same"
             )
             self.add("FAIL" if judges and every else "WARN", said, hint, row.problem.id, row.right)
-        if not self._earn_more(rows) or self.complaints:
+        if len(self.complaints) > before or not self._earn_more(rows):
             return
         if bench.names_of("correctness", "format"):
-            self.passed.append(f"right answers get the maximum on {len(rows)} rows ({rows[0].style_name})")
+            self.passed.append(f"right answers get the maximum on {_count(len(rows), 'row')} ({rows[0].style_name})")
         else:
-            self.passed.append(f"right answers earn more than wrong ones on {len(rows)} rows ({rows[0].style_name})")
+            self.passed.append(
+                f"right answers earn more than wrong ones on {_count(len(rows), 'row')} ({rows[0].style_name})"
+            )
         self._counts_as_right(rows)
 
     def _earn_more(self, rows: Sequence[Row]) -> bool:
@@ -195,14 +221,13 @@ class _Check:
         bench = self.bench
         sound = {row.problem.id for row in bench.sound_rows}
         same = [row for row in rows if row.problem.id not in sound]
-        if same and not any(c.severity == "FAIL" for c in self.complaints) and self._differs():
+        if same and self._differs():
             row = same[0]
             right, wrong = (bench.merit(one) for one in (bench.right_of(row), bench.wrong_of(row)))
             self.add(
                 "WARN",
                 f"the reference answer {shorten(row.gold.text, 60)} earns {_number(right)}, and a wrong answer "
-                f"{_number(wrong)}, on {len(same)} of {len(rows)} rows; tried: "
-                f"{', '.join(bench.tried) or 'the known-good completion'}",
+                f"{_number(wrong)}, on {len(same)} of {_count(len(rows), 'row')}; tried: {bench.forms_tried}",
                 "see whether the function reads the column of the reference answer in its form, "
                 "`#### 42` for 42 say, and finds the answer where the prompt asks for it",
                 row.problem.id, row.right,
@@ -221,7 +246,7 @@ class _Check:
             "WARN",
             "no completion counts as right, for none of these functions says which of them judges answers and at what "
             f"value, and all of them have to reach 1 then; the right answer gets {', '.join(short)}. The run learns, "
-            "but length shaping and the monitors take every answer for wrong",
+            "but accuracy, pass@k, length shaping and the monitors take every answer for wrong",
             'put @reward(kind="correctness", high=...) with its largest value above the function that judges answers, '
             'and @reward(kind="format") above those that judge form (docs/rewards.md)',
             row.problem.id, row.right,
@@ -251,7 +276,6 @@ class _Check:
         tried = [
             (name, row, Attempt(row.problem, text))
             for row in bench.sound_rows[:NUM_VARIANT_ROWS]
-            if row.style is not None
             for name, text in spellings(row)
         ]
         scored = self.score([attempt for _, _, attempt in tried])
@@ -263,10 +287,11 @@ class _Check:
         if refused:
             name, row, attempt = next((r for r in refused if r[0] in BASIC), refused[0])
             severity: Severity = "WARN" if name in BASIC else "NOTE"
-            others = f" and {len(refused) - 1} other variants" if len(refused) > 1 else ""
+            others = f" and {_count(len(refused) - 1, 'other variant')}" if len(refused) > 1 else ""
             self.add(
                 severity, f"the right answer is refused in a harmless variant, {name}{others}",
-                "normalise before comparing; `numeric` and `math` read such spellings of numbers",
+                "normalise before comparing"
+                + ("; `numeric` and `math` read such spellings of numbers" if row.gold.kind == "number" else ""),
                 row.problem.id, attempt.text,
             )  # fmt: skip
         elif tried:
@@ -311,14 +336,27 @@ class _Check:
         if any(c.severity == "FAIL" for c in self.complaints):
             return
         one = self.seen[0]
-        zero = abs(rewards[0]) <= TOLERANCE
+        among = ", right answers among them," if self.bench.rows else ""
         self.add(
-            "FAIL" if zero else "WARN",
-            f"all {len(rewards)} completions that were tried, right answers among them, get {rewards[0]:g}; without "
-            "differences nothing is learned",
-            f"look at what the functions return; {OFF}" if zero else "look at what the functions return",
+            "WARN" if self.starting else "FAIL",
+            f"all {len(rewards)} completions that were tried{among} get {rewards[0]:g}; without differences nothing is "
+            "learned",
+            "look at what the functions return; if they ask for a form of answers that was not tried, --known-good of "
+            "strop rewards check takes completions in it",
             one.rollout.problem.id, one.rollout.text,
         )  # fmt: skip
+
+
+def _is_late(scored: ScoredRollout) -> bool:
+    return any("past the limit" in reason for reason in scored.failures.values())
+
+
+def _why(scored: ScoredRollout) -> str:
+    return next(iter(f"`{n}` {r}" for n, r in scored.failures.items()), "no function with a weight applies")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _number(value: float | None) -> str:

@@ -18,7 +18,7 @@ _LETTER = re.compile(r"[(\[]? ?([A-Za-z]|[0-9]{1,2}) ?[)\]]?[.:]?")
 _LETTER_AND_TEXT = re.compile(r"[(\[]? ?([A-Za-z]|[0-9]{1,2}) ?[)\].:] ?(?:[-:] ?)?(.+)")
 _WRAPPER = re.compile(r"\\(?:text|textbf|mathbf|mathrm|mbox) ?\{([^{}]*)\}|\$(.*)\$")
 _ANSWER_LINE = re.compile(
-    r"^[ \t>*_#-]*(?:the )?(?:final |correct |best )?(?:answer|choice|option)(?: is)?"
+    r"^[ \t>*_#-]*(?:the )?(?:final |correct |best )?(?:answer|choice|option|final)(?: is)?"
     r"[ \t*_]*[: \t][ \t*_]*(?P<given>[^\s*_].*)$",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import RewardError
 from .answers import answer_part, completion_text
 from .contract import reward
 from .program_tests import ProgramTest, tests_of_row
@@ -57,6 +58,8 @@ def python_tests(
         "tests": tests, "test_list": test_list, "test_setup_code": test_setup_code, "test_imports": test_imports,
         "inputs": inputs, "outputs": outputs, "input_output": input_output, "fn_name": fn_name,
     }  # fmt: skip
+    for option, given in (("cpu_seconds", cpu_seconds), ("memory_mib", memory_mib), ("output_kib", output_kib)):
+        _check_limit(option, given, whole=option != "cpu_seconds")
     limits = Limits(cpu_seconds, memory_mib << 20, output_kib << 10)
     values: list[float | None] = []
     reasons: list[str] = []
@@ -73,6 +76,14 @@ def python_tests(
     if log_extra is not None:
         log_extra("python_tests", reasons)
     return values
+
+
+def _check_limit(option: str, value: Any, *, whole: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 < value < 1 << 40:
+        raise RewardError(
+            f"reward `python_tests`: {option} is {value!r}; a {'whole ' * whole}number above 0 is needed",
+            hint=f"set rewards.options.python_tests.{option}, or leave it out",
+        )
 
 
 def program_of(text: str, prefill: str = "") -> str | None:
@@ -98,4 +109,3 @@ def _score(program: str | None, tests: Sequence[ProgramTest], limits: Limits, un
     finally:
         sandbox.end()
     return 1.0, f"passed {len(tests)} tests"
-

@@ -39,15 +39,17 @@ def make_rules(
 ) -> Rules:
     """Return the rules of a run.
 
-    Weighted functions of kind `correctness` decide; where there is none, weighted ones of kind `other`. `gated` None
-    means: the functions of kind `format`, if a declared correctness function decides.
+    Functions of kind `correctness` with a weight above 0 decide; where there is none, such of kind `other`; where there
+    is none either, such of kind `format`. A function with a weight below 0 says what is not wanted. `gated` None means:
+    the functions of kind `format`, if a declared correctness function decides.
     """
-    weighted = [name for name, weight in zip(names, weights, strict=True) if weight != 0]
+    wanted = [name for name, weight in zip(names, weights, strict=True) if weight > 0]
     kinds = {name: declared.get(name, Declaration()).kind for name in names}
-    deciding = [name for name in weighted if kinds[name] == "correctness"]
+    deciding = [name for name in wanted if kinds[name] == "correctness"]
     if gated is None:
         gated = [name for name in names if kinds[name] == "format"] if deciding else []
-    deciding = deciding or [name for name in weighted if kinds[name] == "other"]
+    for kind in ("other", "format"):
+        deciding = deciding or [name for name in wanted if kinds[name] == kind]
     marks = {name: declared.get(name, Declaration()).high - MARK_SLACK for name in deciding if name not in gated}
     return Rules(marks, frozenset(gated))
 

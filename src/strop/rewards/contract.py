@@ -18,7 +18,8 @@ class Declaration:
     """The contract of one reward function."""
 
     kind: Kind = "other"
-    """`correctness` decides what counts as a right answer; without any such function, those of kind `other` do."""
+    """`correctness` decides what counts as a right answer; without any such function those of kind `other` do, and
+    without those the ones of kind `format`."""
     scope: Scope = "sample"
     """`sample`: called with lists of one, as completions finish. `group`: once per group, when it is complete."""
     low: float = 0.0

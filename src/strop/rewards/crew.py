@@ -195,11 +195,11 @@ class Crew:
         return True
 
     def _take_records(self, worker: WorkerProcess, records: Records) -> bool:
-        self._barren_deaths = 0
         for number, function, applies, value, seconds in records:
             job = worker.asked(number, function)
             if job is None or len(job.members) != 1:
                 return False
+            self._barren_deaths = 0
             worker.note_duration(seconds * len(self._setup.specs))
             self._owner.take_value(job, function, value if applies else None)
             if not job.remaining:
@@ -255,7 +255,8 @@ class Crew:
         self._barren_deaths += 1
         if self._barren_deaths >= MAX_BARREN_DEATHS:
             raise RewardError(
-                f"{self._barren_deaths} reward workers in a row died without an answer, the last with {how}",
+                f"{self._barren_deaths} reward workers in a row died without an answer, or with one that is none of "
+                f"ours, the last with {how}",
                 hint=f"import the functions by hand to see why: {', '.join(spec.entry for spec in self._setup.specs)}",
             )
 

@@ -69,6 +69,8 @@ def reasoning_gym(
     `dataset`, else `source_dataset` in the column `metadata`. Raises RewardError if it is none of `SCORERS`, or needs
     the metadata that reasoning-gym gave with the item (a mapping or JSON text) and the row has none.
     """
+    if dataset:
+        _check_name(dataset)
     given = metadata if metadata is not None else [None] * len(completions)
     return [
         _scored(sample, gold, _mapping(details), dataset)
@@ -122,8 +124,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _scorer(name: Any, has_metadata: bool) -> Callable[[str, Any], float]:
-    if name not in SCORERS:
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or name not in SCORERS:
         near = difflib.get_close_matches(str(name), SCORERS, n=1)
         given = f"`{name}` is not on the list of data sets with a safe scorer" if name else "no data set is named"
         raise RewardError(
@@ -131,6 +133,10 @@ def _scorer(name: Any, has_metadata: bool) -> Callable[[str, Any], float]:
             hint=f"set rewards.options.reasoning_gym.dataset to one of {', '.join(SCORERS)}; for another data set with "
             "one right answer take `exact`",
         )
+
+
+def _scorer(name: Any, has_metadata: bool) -> Callable[[str, Any], float]:
+    _check_name(name)
     if SCORERS[name] and not has_metadata:
         raise RewardError(
             f"reward `reasoning_gym`: the scorer of `{name}` needs the column `metadata`, which a row does not have",

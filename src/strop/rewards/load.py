@@ -27,8 +27,10 @@ from .adapters import adapt, stand_in_for_swift
 from .call import BoundFunction, Keywords, RunFacts
 from .contract import Declaration, declaration_of
 from .library import LIBRARY, PRELOADS
-from .options import check_options, construct, is_factory, nearest
+from .options import check_kind, check_options, construct, is_factory, nearest
 
+MANY_TOKENS = 1 << 20
+"""Stands in for rollout.max_completion_length where only options are looked at."""
 FORMS = "a built-in name, `package.module:function` or `path.py:function`"
 
 __all__ = ["FunctionSpec", "Loaded", "check_entries", "load", "load_function", "nearest", "read_entries"]
@@ -76,11 +78,34 @@ def read_entries(entries: Sequence[str]) -> tuple[FunctionSpec, ...]:
     return tuple(specs)
 
 
-def check_entries(specs: Sequence[FunctionSpec], options: Mapping[str, Mapping[str, Any]]) -> None:
+def check_entries(specs: Sequence[FunctionSpec], options: Mapping[str, Mapping[str, Any]], facts: RunFacts) -> None:
     """Check the options of built-in functions, which needs no code of the user's. Raises RewardError."""
     for spec in specs:
         if spec.kind == "builtin":
-            check_options(spec.name, options.get(spec.name, {}), Keywords(spec.name, LIBRARY[spec.target]).keyword_only)
+            given = options.get(spec.name, {})
+            check_options(spec.name, given, Keywords(spec.name, LIBRARY[spec.target]).keyword_only)
+            _try_options(spec, given, facts)
+
+
+def _try_options(spec: FunctionSpec, options: Mapping[str, Any], facts: RunFacts) -> None:
+    """Call a built-in function on no completions: they all look at their options first. Raises RewardError."""
+    func = LIBRARY[spec.target]
+    parameters = inspect.signature(func).parameters
+    for name, value in options.items():
+        check_kind(f"rewards.options.{spec.name}.{name}", value, parameters[name].default)
+    named = {name: [] for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+    limit = MANY_TOKENS if facts.max_completion_length is None else facts.max_completion_length
+    given: dict[str, Any] = {**named, "answer": [], "max_completion_length": limit, "log_extra": None, **options}
+    try:
+        func(**given)
+    except ImportError:
+        return  # the launcher says what is missing
+    except (TypeError, ValueError, AttributeError) as e:
+        shown = ", ".join(f"{name}: {value!r}"[:80] for name, value in options.items())
+        raise RewardError(
+            f"rewards.options.{spec.name} cannot be used ({shown}): {e}",
+            hint=f"give the options of `{spec.name}` values of the kind that docs/rewards.md names",
+        ) from e
 
 
 def _qualified_name(spec: FunctionSpec) -> str:

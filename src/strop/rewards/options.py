@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from ..errors import RewardError
@@ -39,6 +40,17 @@ def check_options(name: str, options: Mapping[str, Any], known: Iterable[str]) -
                 f"rewards.options.{name}: there is no option `{option}`",
                 hint=nearest(option, names) or f"`{name}` has {', '.join(names) or 'no options'}",
             )
+
+
+def check_kind(setting: str, value: Any, default: Any) -> None:
+    """Raise RewardError for a value that is no switch where the default is one, or no number where it is a number."""
+    if isinstance(default, bool):
+        fits, needed = isinstance(value, bool), "true or false"
+    else:
+        fits = not isinstance(default, Real) or (isinstance(value, Real) and not isinstance(value, bool))
+        needed = "a number"
+    if not fits:
+        raise RewardError(f"{setting} is {value!r}; {needed} is needed", hint=f"the default is {default!r}")
 
 
 def is_factory(name: str, func: Function) -> bool:

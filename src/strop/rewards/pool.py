@@ -73,9 +73,9 @@ class RewardPool:
         self.weights: tuple[float, ...] = config.weights or (1.0,) * len(self._specs)
         check_names("rewards.options", config.options, self.names)
         check_names("rewards.gated", config.gated or (), self.names)
-        check_entries(self._specs, config.options)
-        self._gated, self._options = config.gated, config.options
         facts, folders = RunFacts(max_completion_length, max_steps), tuple(folder for folder in sys.path if folder)
+        check_entries(self._specs, config.options, facts)
+        self._gated, self._options = config.gated, config.options
         setup = Setup(self._specs, folders, config.options, facts, int(config.memory_gib * 2**30))
         self._crew = Crew(setup, Limits(config.workers, config.timeout_s), self, hash_seed)
         self._note = note

@@ -55,6 +55,8 @@ def json_schema(
             "reward `json_schema` has no schema: the rows have no column `json_schema`, and no option is set",
             hint=f"set {_SETTING}, or add a column `json_schema` to the data set",
         )
+    if schema is not None:
+        _checked(schema)
     given = json_schema if json_schema is not None else [None] * len(completions)
     return [
         _json_schema(sample, schema if own is None else own)
@@ -76,7 +78,7 @@ def preload_jsonschema() -> None:
 def _json_schema(sample: Written, schema: Any) -> float | None:
     if schema is None:
         return None
-    validator, has_patterns = _validator(schema if isinstance(schema, str) else _as_text(schema))
+    validator, has_patterns = _checked(schema)
     part = sample.part
     source = None if part is None else _json_text(part, sample.truncated)
     if source is None:
@@ -147,6 +149,10 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
+
+
+def _checked(schema: Any) -> tuple[Any, bool]:
+    return _validator(schema if isinstance(schema, str) else _as_text(schema))
 
 
 def _as_text(schema: Any) -> str:

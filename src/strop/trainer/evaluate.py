@@ -84,10 +84,11 @@ def summarise(scored_N: Sequence[ScoredRollout], k: int) -> EvalSummary:
     known = [[v for v in group if v is not None] for group in verdicts]
     known = [group for group in known if group]
     if not known:
-        failures = next((f"{n}: {r}" for s in scored_N for n, r in s.failures.items()), "no function applies")
+        failures = next((f"{n}: {r}" for s in scored_N for n, r in s.failures.items()), "nothing says what is right")
         raise UnscoredError(
             f"not one of {len(scored_N)} completions of the evaluation could be scored ({failures})",
-            hint="rewards.funcs: mend the function; or rewards.timeout_s, if it ran out of time",
+            hint="rewards.funcs: mend it, or add one that says what is right; rewards.timeout_s, if it ran out "
+            "of time; run.eval_num_problems: 0 to train without a measurement",
         )
     flat = [v for group in known for v in group]
     return EvalSummary(

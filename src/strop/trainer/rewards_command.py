@@ -62,11 +62,17 @@ def check_before_training(prepared: Prepared, note: Callable[[str], None], say: 
         return
     problems = first_problems(prepared.task, config.rollout.num_prompts, CHECK_ROWS)
     setting = make_setting(config, prepared.task, prepared.source, problems)
-    result = run_check(setting, linted=True)
+    result = run_check(setting, starting=True)
     for complaint in result.complaints:
         if complaint.severity == "WARN":
             note(f"check of reward functions: {complaint.message}\n  hint: {complaint.hint}")
     result.raise_if_failed()
+
+
+def check_report_path(path: Path) -> None:
+    """Raise RewardError where a report cannot be written, before the audit takes its time."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise RewardError(f"--json: `{path}` cannot be written", hint="name a file in a folder that exists")
 
 
 def show_audit(report: Report, path: Path | None) -> None:
@@ -130,6 +136,7 @@ def make_setting(
         advantages=advantages_of(config),
         seed=seed,
         gold_column=gold,
+        sure_columns=frozenset({"answer"} if config.task.answer_column is not None else ()),
         known_good=known_good or {},
     )
 

@@ -78,6 +78,8 @@ class Bench:
         self.failures: Counter[str] = Counter()
         """Reasons of unscored completions, over everything that was scored."""
         self.num_scored = 0
+        self.num_unscored = 0
+        """Completions that a failure left without a reward."""
         self.rows: tuple[Row, ...] = ()
         schema = setting.config.options.get("json_schema", {}).get("schema")
         self.golds = golds_of(setting.problems, setting.gold_column, setting.known_good, schema)
@@ -109,7 +111,7 @@ class Bench:
             other = copy.copy(self)
             other.setting, other.pool, other._known = setting, pool, {}
             yield other
-            self.num_scored = other.num_scored
+            self.num_scored, self.num_unscored = other.num_scored, other.num_unscored
 
     @cached_property
     def declarations(self) -> dict[str, Declaration]:
@@ -125,6 +127,15 @@ class Bench:
         """Return the functions with a weight that are of one of these kinds."""
         weighted = zip(self.pool.names, self.pool.weights, strict=True)
         return [name for name, weight in weighted if weight != 0 and self.declarations[name].kind in kinds]
+
+    @property
+    def forms_tried(self) -> str:
+        """The forms in which right answers were tried, in a few words."""
+        pairs = [name.rpartition(", ") for name in self.tried]
+        forms = dict.fromkeys(form or mode for form, _, mode in pairs)
+        modes = dict.fromkeys(mode.removesuffix(" reasoning") for form, _, mode in pairs if form)
+        said = ", ".join(forms) or "the known-good completion"
+        return f"{said}; each with {', '.join(modes)} reasoning" if modes else said
 
     @property
     def deciding(self) -> list[str]:
@@ -198,6 +209,7 @@ class Bench:
             self.pool.discard()
             raise
         self.num_scored += len(scored)
+        self.num_unscored += sum(one.reward is None and bool(one.failures) for one in scored)
         for one in scored:
             self.failures.update(f"{name}: {reason}" for name, reason in one.failures.items())
         return scored
@@ -311,7 +323,8 @@ class Bench:
         """Whether every function with a weight that judges answer or form gives its declared maximum."""
         names = self.names_of("correctness", "format", "other")
         values = [(scored.scores[name], self.declarations[name].high) for name in names]
-        return bool(values) and all(value is None or value >= high - TOLERANCE for value, high in values)
+        known = [(value, high) for value, high in values if value is not None]
+        return scored.reward is not None and bool(known) and all(value >= high - TOLERANCE for value, high in known)
 
     def _mark(self, scored: ScoredRollout) -> tuple[bool, float] | None:
         merit = self.merit(scored)

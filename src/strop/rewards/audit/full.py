@@ -29,11 +29,12 @@ def right(bench: Bench) -> Finding:
     if len(unscored) == len(hits):
         best = hits[0]
         why = "; ".join(best.scored.failures.values()) or "no function with a weight applies to the row"
-        said, advice = f"the right answer is unscored: {why}", "mend the function for this row, or remove the row"
+        said = f"the right answer {best.row.gold.text[:60]!r} is unscored: {why}"
+        advice = "mend the function for such rows, or the column that it reads"
     else:
         best = next(hit for hit in hits if hit.scored.reward is not None)
         said = f"no rendering of the reference answer {best.row.gold.text[:60]!r} reaches the maximum; "
-        said += f"tried: {', '.join(bench.tried) or 'the known-good completion'}"
+        said += f"tried: {bench.forms_tried}"
         advice = "check the reference answer and what the function takes for an answer; --gold names another column"
     judged = bench.names_of("correctness")
     severity = "FAIL" if judged or not bench.sound_rows else "WARN"
@@ -45,10 +46,7 @@ def variants(bench: Bench) -> Finding:
     """Refused white space fails; other refused spellings are a warning: they lose signal and cannot be exploited."""
     tried: list[tuple[str, Row, Attempt]] = []
     for row in bench.sound_rows:
-        if row.style is not None and row.gold.kind in ("number", "text", "expression"):
-            tried += [(name, row, Attempt(row.problem, text)) for name, text in spellings(row)]
-        else:
-            tried += [(name, row, Attempt(row.problem, text)) for name, text in _around(row)]
+        tried += [(name, row, Attempt(row.problem, text)) for name, text in spellings(row)]
     if not tried:
         return skip("no row whose right answer is paid")
     scored = bench.score(attempt for _, _, attempt in tried)
@@ -81,6 +79,8 @@ def spellings(row: Row) -> Iterator[tuple[str, str]]:
     """Yield harmless variants of a row's right completion: (name, completion)."""
     yield from _around(row)
     gold = row.gold.text
+    if row.style is None or row.gold.kind not in ("number", "text", "expression") or "\n" in gold:
+        return
     if row.gold.kind == "expression":
         yield "no spaces", row.write(gold.replace(" ", ""))
         yield "wide spaces", row.write(gold.replace(" ", "  "))

@@ -172,7 +172,18 @@ def _wait(awaitable: Any) -> Any:
     async def whole() -> Any:
         return await awaitable
 
-    return asyncio.run(whole())
+    return _runner().run(whole())
+
+
+_LOCAL = threading.local()
+
+
+def _runner() -> asyncio.Runner:
+    """Return this thread's event loop. Opening one takes sockets, which are none of the function's doing."""
+    if not hasattr(_LOCAL, "runner"):
+        _LOCAL.runner = asyncio.Runner()
+        _LOCAL.runner.get_loop()
+    return _LOCAL.runner  # type: ignore[no-any-return]
 
 
 class Lab:
@@ -246,6 +257,7 @@ class Lab:
         clean = pickle.dumps(part)
         _seed(part[0].seed)
         states = _generator_states()
+        _runner()
         with self.watch.during() as events:
             call(loaded, part, told)
         noted["random"] += [name for name, state in _generator_states().items() if states.get(name, state) != state]

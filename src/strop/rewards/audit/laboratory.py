@@ -25,6 +25,8 @@ TASKS = ("values", "repeat", "lists", "purity", "columns", "threads", "latency",
 NUM_ROWS = 4
 TASK_LIMIT_S = 40.0
 MAX_COLUMNS = 6
+ABSENT = (("None", None), ("empty", ""), ("blank", "  "), ("NaN", float("nan")))
+"""What a table holds where there is nothing."""
 
 
 class Laboratory:
@@ -121,8 +123,11 @@ def _damaged_rows(bench: Bench) -> list[tuple[str, str, Problem]]:
     problem = bench.setting.problems[0]
     found = []
     for column in list(problem.row)[:MAX_COLUMNS]:
-        for damage, value in (("None", None), ("empty", ""), ("blank", "  "), ("NaN", float("nan")), ("a list", [])):
+        sure = column in bench.setting.sure_columns
+        for damage, value in (*(() if sure else ABSENT), ("a list", []), ("without an answer", "see the figure")):
             found.append((column, damage, replace(problem, row={**problem.row, column: value})))
+        if sure:
+            continue
         rest = {name: value for name, value in problem.row.items() if name != column}
         found.append((column, "missing", replace(problem, row=rest)))
     return found

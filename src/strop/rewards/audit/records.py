@@ -33,6 +33,8 @@ class Setting:
     """None: probes of the group's advantages are skipped."""
     seed: int = 0
     gold_column: str | None = None
+    sure_columns: frozenset[str] = frozenset()
+    """Columns that no row of the run leaves empty, since the task refuses such rows."""
     known_good: dict[str, str] = field(default_factory=dict[str, str])
     """Completions that are known to be right, by problem id."""
     note: Callable[[str], None] = lambda text: None

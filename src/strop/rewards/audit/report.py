@@ -99,7 +99,7 @@ def print_report(report: Report, console: Console) -> None:
             markup=False, highlight=False,
         )  # fmt: skip
     for item in report.lint:
-        console.print(f"lint {item['severity']}: {item['said']}\n  change: {item['advice']}", markup=False)
+        console.print(f"lint {item['severity']}: {item['said']}\n  hint: {item['advice']}", markup=False)
     table = Table(show_lines=False, pad_edge=False, box=None)
     for title in ("probe", "what is tried", "", "rows", "max", "found"):
         table.add_column(title, justify="right" if title in ("rows", "max") else "left")
@@ -125,7 +125,7 @@ def _print_detail(probe: Probe, finding: Finding, console: Console) -> None:
     if finding.example or finding.problem:
         lines.append(f"  row {finding.problem}: {shorten(finding.example)}")
     if finding.advice:
-        lines.append(f"  change: {finding.advice}")
+        lines.append(f"  hint: {finding.advice}")
     console.print("\n".join(lines), markup=False, highlight=False)
 
 

@@ -27,7 +27,7 @@ _BOUND = "bound length, depth, digits and exponents before parsing, and never ev
 
 @probe("R1", "texts that stall or crash a parser", needs_gold=False)
 def hostile(bench: Bench) -> Finding:
-    """Each answer on its own and in the asked form, each bulky completion as it is; two seconds a call."""
+    """Each answer alone and in the asked form (no programs), each bulky completion as it is; two seconds a call."""
     attempts = list(_hostile_attempts(bench))
     hangs: list[tuple[Attempt, str]] = []
     deaths: list[tuple[Attempt, str]] = []
@@ -64,9 +64,11 @@ def _hostile_attempts(bench: Bench) -> Iterator[Attempt]:
     if row and row.gold.kind == "expression":  # a text of other numbers may be refused before it is evaluated
         nines = with_numbers(problem, (9, 9, 9), 81)
         yield from (Attempt(nines, row.write(text)) for text in ("9**9**9", "9**(9**9)"))
+    # As a program such a text is what the sandbox is for: its own limit of processor time ends it.
+    styled = row is not None and row.gold.kind != "program"
     for text in hostile_answers():
         yield Attempt(problem, text)
-        yield Attempt(problem, row.write(text) if row else rf"\boxed{{{text}}}")
+        yield Attempt(problem, row.write(text) if row and styled else rf"\boxed{{{text}}}")
     for text in bulky():
         yield Attempt(problem, text)
 
@@ -152,9 +154,12 @@ def exceptions(bench: Bench) -> Finding:
     for reason, count in bench.failures.items():
         kinds[reason.partition("(")[0][:80].strip()] += count
     listed = "; ".join(f"{reason} x{count}" for reason, count in kinds.most_common(3))
+    lost = bench.num_unscored == bench.num_scored
     return Finding(
-        "WARN", f"{sum(kinds.values())} of {bench.num_scored} completions unscored: {listed}", of=bench.num_scored,
-        advice="catch what a strange text can raise and score it 0: an unscored completion teaches nothing",
+        "FAIL" if lost else "WARN", f"{bench.num_unscored} of {bench.num_scored} completions unscored: {listed}",
+        rows=bench.num_unscored, of=bench.num_scored,
+        advice="an unscored completion teaches nothing: "
+        + ("mend the function" if lost else "catch what a strange text can raise and score it 0"),
     )  # fmt: skip
 
 
