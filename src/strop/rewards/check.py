@@ -287,7 +287,8 @@ class _Check:
         if refused:
             name, row, attempt = next((r for r in refused if r[0] in BASIC), refused[0])
             severity: Severity = "WARN" if name in BASIC else "NOTE"
-            others = f" and {_count(len(refused) - 1, 'other variant')}" if len(refused) > 1 else ""
+            more = len({other for other, _, _ in refused}) - 1
+            others = f" and {_count(more, 'other variant')}" if more else ""
             self.add(
                 severity, f"the right answer is refused in a harmless variant, {name}{others}",
                 "normalise before comparing"

@@ -161,8 +161,10 @@ def dominance(bench: Bench) -> Finding:
     outbid = next((item for item in bench.lint() if item["id"] == "length-outbids-correctness"), None)
     if outbid is not None:
         return Finding("FAIL", outbid["said"], advice=outbid["advice"])
+    # A function that declares nothing may well give more than the 1 that is assumed of it.
+    highest = {n: max((bench.right_of(row).scores[n] or 0.0 for row in bench.rows), default=0.0) for n in deciding}
     worth = {
-        name: abs(weight) * (bench.declarations[name].high - bench.declarations[name].low)
+        name: abs(weight) * (max(bench.declarations[name].high, highest.get(name, 0.0)) - bench.declarations[name].low)
         for name, weight in bench.weights.items()
         if weight != 0
     }
@@ -176,7 +178,7 @@ def dominance(bench: Bench) -> Finding:
     return Finding(
         "FAIL", f"{said} ({', '.join(beside)}): a wrong completion can earn as much as a right one",
         advice=f"multiply the weights of {', '.join(beside)} by at most {own / total * 0.5:.2g}, or name them in "
-        "rewards.gated",
+        "rewards.gated; a function without @reward(low=..., high=...) counts as one of 0 to 1",
     )  # fmt: skip
 
 
