@@ -12,7 +12,8 @@ from .contract import reward
 from .program_tests import ProgramTest, tests_of_row
 from .sandbox import Limits, Sandbox, Wall, choose_wall
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?:python|python3|py)[ \t]*\r?\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.M | re.I)
+_OPENS = re.compile(r"[ \t]*```[ \t]*(?:python|python3|py)[ \t]*\r?\n", re.I)
+_CLOSES = re.compile(r"[ \t]*```[ \t]*\r?\n?")
 MAX_PROGRAM_CHARS = 200_000
 
 _sandboxes: dict[Wall, Sandbox] = {}
@@ -88,9 +89,15 @@ def _check_limit(option: str, value: Any, *, whole: bool) -> None:
 
 def program_of(text: str, prefill: str = "") -> str | None:
     """Return the last closed block of Python after the thinking part, or None."""
-    part = answer_part(text, prefill)
-    blocks = _BLOCK.findall(part) if part is not None else []
-    return blocks[-1] if blocks and len(blocks[-1]) <= MAX_PROGRAM_CHARS else None
+    found, block = None, None
+    for line in re.findall(r"[^\n]*\n|[^\n]+", answer_part(text, prefill) or ""):
+        if block is None:
+            block = [] if _OPENS.fullmatch(line) else None
+        elif _CLOSES.fullmatch(line):
+            found, block = "".join(block), None
+        else:
+            block.append(line)
+    return found if found is not None and len(found) <= MAX_PROGRAM_CHARS else None
 
 
 def _score(program: str | None, tests: Sequence[ProgramTest], limits: Limits, unsafe: bool) -> tuple[float, str]:

@@ -69,7 +69,7 @@ def compile_pattern(pattern: str, *, option: str, groups: int | None = None) -> 
     have. Raises RewardError with `option` as the setting to change.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise _refusal(option, pattern, "a regular expression is needed", r"for example 'Answer: (\w+)'")
+        raise _refusal(option, pattern, "a regular expression is needed", r"for example 'Answer: (\S+)\s*\Z'")
     return _compiled(pattern, option, groups)
 
 
