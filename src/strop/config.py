@@ -381,6 +381,11 @@ class Config(Section):
                     f"model.{key} is {given} while lora.r is 0, which trains all weights; packed or copied weights "
                     "cannot be trained themselves, so adapters are needed (lora.r 16)"
                 )
+        if self.optim.master == "kahan" and self.lora.r > 0:
+            raise ValueError(
+                f"optim.master is kahan while lora.r is {self.lora.r}; adapters are fp32 and their own masters, so fp32 is "
+                "needed (kahan is for lora.r 0)"
+            )
         if self.objective.mask_truncated_completions and self.rollout.max_completion_length < 2:
             raise ValueError("with max_completion_length 1 every completion is truncated and would be masked")
         return self

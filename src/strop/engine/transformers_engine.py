@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import MemoryExhaustedError
 from ..types import Request, Rollout, Sampling
 from .base import AdapterSlot, Progress, make_rollout
 
@@ -41,10 +42,19 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, policy_version: int, progress: Progress | None = None
     ) -> Iterator[Rollout]:
-        """Yield completions as they finish, wave after wave in the given order; see `Engine.generate`."""
+        """Yield completions as they finish, wave after wave in the given order; see `Engine.generate`.
+
+        Raises MemoryExhaustedError when the card has too little memory for a wave.
+        """
         for start in range(0, len(requests), self._max_num_seqs):
             wave = requests[start : start + self._max_num_seqs]
-            yield from self._wave(wave, sampling, policy_version, progress)
+            try:
+                yield from self._wave(wave, sampling, policy_version, progress)
+            except torch.OutOfMemoryError as e:
+                raise MemoryExhaustedError(
+                    f"out of GPU memory while generating {len(wave)} completions at a time: {e}",
+                    hint=f"rollout.max_num_seqs: below {len(wave)}; or model.engine: vllm, which needs less",
+                ) from e
 
     def _wave(
         self, requests: Sequence[Request], sampling: Sampling, policy_version: int, progress: Progress | None

@@ -314,9 +314,19 @@ class VllmEngine:
             ) from e
 
     def close(self) -> None:
-        """Free the engine, and with the last one of the process vLLM's process groups."""
+        """Free the engine, and with the last one of the process vLLM's process groups.
+
+        An engine whose KV cache finds no room any more stays until the process ends: freeing what is not mapped is an
+        error of the driver, and raising here would hide what ended the run.
+        """
+        import torch
+
         if self._pool is not None and self._pool.released:
-            self._pool.restore()  # freeing what is not mapped is an error of the driver
+            try:
+                self._pool.restore()
+            except torch.OutOfMemoryError:
+                VllmEngine._parked.append(self._llm)
+                return
         VllmEngine._alive -= 1
         VllmEngine._parked.append(self._llm)
         if VllmEngine._alive == 0:

@@ -70,7 +70,12 @@ class KvPool:
             return
         self._make_room()
         for data in self._allocations():
-            self._cumem.create_and_map(data.handle)
+            if not data.is_asleep:  # mapped by an attempt that failed later
+                continue
+            try:
+                self._cumem.create_and_map(data.handle)
+            except RuntimeError as e:  # somebody took the memory after it was looked at
+                raise torch.OutOfMemoryError(f"the KV cache cannot be mapped: {e}") from e
             data.is_asleep = False
         self.released = False
         # Undefined bytes may read as NaN, and kernels that load whole blocks multiply them by weights of zero.

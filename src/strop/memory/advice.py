@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..config import Config
 from ..errors import PlanError
 from .machine import Machine
@@ -26,35 +28,35 @@ def changed(config: Config, **settings: Any) -> Config:
     return config
 
 
-def cheapest_change(config: Config, machine: Machine, plan: Callable[[Config], Any], *, tied: bool) -> str:
-    """Return the hint for a run that `plan` refuses; each change named in it was planned with and fits."""
+def cheapest_change(config: Config, machine: Machine, plan: Callable[[Config], Any], *, packs: bool, tied: bool) -> str:
+    """Return the hint for a run that `plan` refuses; each change named in it was planned with and fits.
+
+    `packs`: head and embedding can be held in less; `tied`: they are one tensor.
+    """
 
     def fits(candidate: Config) -> bool:
         try:
-            plan(candidate)
-        except PlanError:
+            plan(Config.model_validate(candidate.model_dump()))  # settings may exclude each other
+        except (PlanError, ValidationError):
             return False
         return True
 
-    for candidate, hint in _candidates(config, machine, fits, tied):
+    for candidate, hint in _candidates(config, machine, fits, packs=packs, tied=tied):
         if fits(candidate):
             return hint
     return "model.path: choose a smaller model; shorter completions and 4-bit weights are not enough"
 
 
 def _candidates(
-    config: Config, machine: Machine, fits: Callable[[Config], bool], tied: bool
+    config: Config, machine: Machine, fits: Callable[[Config], bool], *, packs: bool, tied: bool
 ) -> Iterator[tuple[Config, str]]:
     """Yield changes from the cheapest to the dearest."""
     on_card = machine.device == "cuda"
-    dial, most = int((config.run.vram_gib or 0) * 10), int(machine.memory_bytes / GIB * 10)
-    raised = [
-        (changed(config, run__vram_gib=tenths / 10), f"run.vram_gib: {tenths / 10:g} is enough")
-        for tenths in range(dial + 1, most + 1)
-        if on_card and dial
-    ]
-    near = [r for r in raised if (r[0].run.vram_gib or 0) <= dial / 10 / SLIGHT]
-    yield from near
+    dial = config.run.vram_gib or 0.0
+    enough = _least_dial(config, machine, fits) if on_card and dial else 0.0
+    raised = (changed(config, run__vram_gib=enough), f"run.vram_gib: {enough:g} is enough")
+    if 0 < enough <= dial / SLIGHT:
+        yield raised
     for key in ("optim__micro_batch_tokens", "optim__checkpoint_layers"):
         section, name = key.split("__")
         if getattr(getattr(config, section), name) is not None:
@@ -63,12 +65,14 @@ def _candidates(
     shorter = (changed(config, rollout__max_completion_length=length), f"rollout.max_completion_length: {length}")
     if length >= SLIGHT * config.rollout.max_completion_length:
         yield shorter
-    for settings, hint in _other_training(config, tied, on_card):
+    others = list(_other_training(config, packs=packs, tied=tied, on_card=on_card))
+    for settings, hint in others:
         yield changed(config, **settings), hint
     if length:
         yield shorter
-    yield from raised[len(near) :]
-    for settings, hint in _other_training(config, tied, on_card):
+    if enough:
+        yield raised
+    for settings, hint in others:
         other = changed(config, **settings)
         if length := _longest(other, fits):
             yield (
@@ -77,22 +81,38 @@ def _candidates(
             )
 
 
-def _other_training(config: Config, tied: bool, on_card: bool) -> Iterator[tuple[dict[str, Any], str]]:
+def _least_dial(config: Config, machine: Machine, fits: Callable[[Config], bool]) -> float:
+    """Return the smallest dial above the present one, in tenths of a GiB, that is enough; 0 when the card has less."""
+    low, high = int((config.run.vram_gib or 0) * 10), int(machine.memory_bytes / GIB * 10) + 1
+    most = high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(changed(config, run__vram_gib=middle / 10)) else (middle, high)
+    return high / 10 if high < most else 0.0
+
+
+def _other_training(
+    config: Config, *, packs: bool, tied: bool, on_card: bool
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield kinds of training that need less: each change by itself, the mildest first, then several together."""
     changes: list[tuple[dict[str, Any], str]] = []
     if on_card and config.optim.name == "adamw":
         changes.append(({"optim__name": "adamw_8bit"}, "optim.name: adamw_8bit"))
     if not config.lora.r:
-        changes.append(({"lora__r": 16}, "lora.r: 16 trains adapters instead of all weights"))
+        plain = config.optim.master == "fp32"
+        changes.append((
+            {"lora__r": 16} if plain else {"lora__r": 16, "optim__master": "fp32"},
+            "lora.r: 16 trains adapters instead of all weights" + ("" if plain else ", with optim.master: fp32"),
+        ))  # fmt: skip
     if on_card and config.model.quantization == "none" and config.lora.r:
         changes.append(({"model__quantization": "nf4"}, "model.quantization: nf4 holds the linear layers in 4 bits"))
-    if on_card and not tied and config.model.embedding != "host":
+    if on_card and packs and not tied and config.model.embedding != "host":
         changes.append(({"model__embedding": "host"}, "model.embedding: host"))
-    if on_card and config.model.head != "int8":
+    if on_card and packs and config.model.head != "int8":
         changes.append(({"model__head": "int8"}, "model.head: int8"))
     if on_card and config.model.quantization == "none" and not config.lora.r:
         changes.append(({"model__quantization": "nf4"}, "model.quantization: nf4 holds the linear layers in 4 bits"))
-    yield from (c for c in changes if config.lora.r or "model__quantization" not in c[0])
+    yield from changes
     together: dict[str, Any] = {}
     for count, (settings, _) in enumerate(changes, start=1):
         together |= settings

@@ -37,6 +37,7 @@ FULL_MICRO_BATCH = 4096
 """From here on a card is busy with one layer; below it, checkpointing costs less than smaller micro-batches."""
 FRAGMENTATION = 1.08
 """torch's allocator reserves a little more than training's tensors take."""
+KEPT = "as the run began, so that it goes on bit-equal"
 HEADROOM = 0.03
 """Share of the memory that is not planned with."""
 
@@ -105,6 +106,11 @@ class CardNeeds:
     def completions(self) -> int:
         """Completions of a step."""
         return self.config.rollout.num_prompts * self.config.rollout.num_generations
+
+    @property
+    def wanted_seqs(self) -> int:
+        """Completions to decode at a time where memory is no matter."""
+        return min(self.completions, self.config.rollout.max_num_seqs or self.completions)
 
     def kv_bytes(self, seqs: int) -> int:
         """KV cache for `seqs` completions at a time at their full length; a group's prompt is held once."""
@@ -195,7 +201,7 @@ def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNum
 
 def _rollout(needs: CardNeeds, room: int) -> tuple[int, int]:
     """Return (tokens of an engine step, completions at a time): as many at a time as fit, then the largest step."""
-    wanted = min(needs.completions, needs.config.rollout.max_num_seqs or needs.completions)
+    wanted = needs.wanted_seqs
     best = (0, 0)
     for batched in PREFILL_TOKENS:
         seqs = _most(wanted, lambda n, b=batched: needs.kv_bytes(n) + needs.rollout_workspace(n, max(b, n)) <= room)
@@ -259,12 +265,18 @@ def _kept(needs: CardNeeds, room: int, kept: Mapping[str, Any]) -> CardNumbers |
     if any(kept.get(name) is None for name in names):
         return None
     values = {name: kept[name] for name in names}
+    # What is pinned now wins: a run that ran out of memory is resumed with smaller numbers.
+    optim = needs.config.optim
+    if optim.micro_batch_tokens is not None:
+        values["micro_batch_tokens"] = optim.micro_batch_tokens
+    if optim.checkpoint_layers is not None:
+        values["checkpoint_layers"] = min(optim.checkpoint_layers, needs.shape.num_layers)
     numbers = CardNumbers(
         **values,
         fixed_bytes=needs.fixed,
         rollout_bytes=kept["kv_cache_bytes"]
         + needs.rollout_workspace(kept["max_num_seqs"], kept["max_num_batched_tokens"]),
-        training_bytes=needs.training(kept["micro_batch_tokens"], kept["checkpoint_layers"], kept["logit_rows"]),
+        training_bytes=needs.training(values["micro_batch_tokens"], values["checkpoint_layers"], kept["logit_rows"]),
     )  # fmt: skip
-    fits = numbers.peak_bytes <= needs.fixed + room and kept["micro_batch_tokens"] >= needs.max_len
-    return numbers if fits and kept["max_num_seqs"] <= needs.completions else None
+    fits = numbers.peak_bytes <= needs.fixed + room and numbers.micro_batch_tokens >= needs.max_len
+    return numbers if fits and numbers.max_num_seqs <= needs.wanted_seqs else None

@@ -46,15 +46,18 @@ class VramDial:
     def _limit(self, released: int) -> None:
         if self._phases < SETTLING_PHASES:
             self._phases += 1
-            self._beside = max(self._beside, self._held() - (torch.cuda.memory_reserved() - released))
+            self._beside = max(self._beside, self._held(released) - (torch.cuda.memory_reserved() - released))
         unsettled = UNSETTLED_BYTES if self._phases < SETTLING_PHASES else 0
         allowed = min(self._total, max(0, self._cap - self._beside - unsettled) + released)
         torch.cuda.set_per_process_memory_fraction(allowed / self._total)
 
-    def _held(self) -> int:
-        """Return what this process holds on the card: its own as the driver counts it, else what is free no longer."""
+    def _held(self, released: int) -> int:
+        """Return what this process holds on the card: its own as the driver counts it, else what is free no longer.
+
+        torch goes on counting the `released` bytes of the KV cache, the driver does not.
+        """
         use = look_at_card(card_uuid())
         gone = self._free_before - torch.cuda.mem_get_info()[0]
         # Another process may have come or gone meanwhile. A number that cannot be ours is one of another's processes.
         own = use.own_bytes if use is not None else None
-        return own if own is not None and own >= torch.cuda.memory_allocated() else gone
+        return own if own is not None and own >= torch.cuda.memory_allocated() - released else gone

@@ -9,18 +9,12 @@ from typing import Any
 from ..config import Config, EmbeddingPlace, HeadFormat
 from ..errors import PlanError
 from .advice import changed, cheapest_change
-from .card import CardNeeds, CardNumbers, plan_card
+from .card import KEPT, CardNeeds, CardNumbers, plan_card
+from .cpu import CPU_BLOCK_SIZE, plan_cpu
 from .machine import Machine
 from .shapes import BYTES, GIB, ModelShape
-from .vocabulary import vocabulary_ways
+from .vocabulary import can_pack, check_vocabulary, vocabulary_ways
 
-CPU_BLOCK_SIZE = 32
-"""vLLM's default of 128 tokens per block on a CPU would never cache the short prompts of a small run."""
-MIN_BATCHED_TOKENS = 8192
-KEPT = "as the run began, so that it goes on bit-equal"
-MAX_CPU_MICRO_BATCH_TOKENS = 8192
-CPU_ACTIVATION_FACTOR = 2.0
-"""Training's peak over what autograd keeps: the gradients of a layer, and the padded attention of a batch."""
 VISIBLE_BYTES = GIB // 2
 """Another process on the card is worth a line from here on."""
 
@@ -92,6 +86,7 @@ def make_plan(
     free now decides them otherwise, and results depend on them.
     """
     kept = kept if kept is not None and kept.get("device") == machine.device else {}
+    check_vocabulary(config, shape, engine)
 
     def plan(candidate: Config) -> Plan:
         """Take the first way to hold head and embedding that fits."""
@@ -110,7 +105,7 @@ def make_plan(
     except PlanError as e:
         if e.hint:
             raise
-        raise PlanError(e.message, hint=cheapest_change(config, machine, plan, tied=shape.tied_embeddings)) from None
+        raise PlanError(e.message, hint=cheapest_change(config, machine, plan, packs=can_pack(engine, config), tied=shape.tied_embeddings)) from None
 
 
 class _Planning:
@@ -132,6 +127,11 @@ class _Planning:
         config, shape, machine = self.config, self.shape, self.machine
         self.items.insert(0, PlanItem("device", machine.device, machine.name))
         dtype = self.add("dtype", *_dtype(config, machine))
+        if config.optim.master == "kahan" and dtype == "float32":
+            raise PlanError(
+                "optim.master is kahan and the weights are in float32, which are their own masters; it is for 16 bits",
+                hint="optim.master: fp32; or model.dtype: bfloat16",
+            )
         threads = self.add("threads", *_threads(config, machine, self.kept))
         max_len = self.add("max_model_len", *_max_model_len(config, shape))
         if (config.optim.micro_batch_tokens or max_len) < max_len:
@@ -160,21 +160,20 @@ class _Planning:
         return Plan(**common, **rest, **held, items=tuple(self.items))
 
     def _cpu(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
-        config, shape = self.config, self.shape
-        fixed = _fixed_bytes(config, shape, dtype)
-        self.add("weights_gib", round(fixed / GIB, 3), _fixed_reason(config, dtype))
-        seqs, kv_bytes, reason = _kv_cache(config, shape, dtype, budget - fixed, max_len, self.kept)
-        self.add("max_num_seqs", seqs, reason)
-        self.add("kv_cache_gib", round(kv_bytes / GIB, 4), f"{seqs} sequences of {max_len} tokens in whole blocks")
-        batched = max(MIN_BATCHED_TOKENS, max_len)
-        self.add("max_num_batched_tokens", batched, "prompt tokens of one engine step; at least one whole sequence")
-        micro, reason = _micro_batch(config, shape, dtype, budget - fixed - kv_bytes, max_len, self.kept)
-        self.add("micro_batch_tokens", micro, reason)
-        layers = min(config.optim.checkpoint_layers or 0, shape.num_layers)
-        return {
-            "max_num_seqs": seqs, "kv_cache_bytes": kv_bytes, "max_num_batched_tokens": batched,
-            "block_size": CPU_BLOCK_SIZE, "micro_batch_tokens": micro, "checkpoint_layers": layers,
-        }  # fmt: skip
+        needs = CardNeeds(self.config, self.shape, dtype, max_len)
+        n = plan_cpu(needs, budget, self.kept)
+        trained = _trained_reason(needs)
+        self.add("weights_gib", round(n.fixed_bytes / GIB, 3), f"{_weights_reason(needs)}; {trained}")
+        self.add("max_num_seqs", n.max_num_seqs, n.seqs_reason)
+        kv_reason = f"{n.max_num_seqs} sequences of {max_len} tokens in whole blocks"
+        self.add("kv_cache_gib", round(n.kv_cache_bytes / GIB, 4), kv_reason)
+        batched_reason = "prompt tokens of one engine step; at least one whole sequence"
+        self.add("max_num_batched_tokens", n.max_num_batched_tokens, batched_reason)
+        self.add("micro_batch_tokens", n.micro_batch_tokens, n.micro_reason)
+        if self.config.optim.checkpoint_layers is not None:
+            self.add("checkpoint_layers", n.checkpoint_layers, _pinned_layers(needs))
+        names = ("max_num_seqs", "kv_cache_bytes", "max_num_batched_tokens", "micro_batch_tokens", "checkpoint_layers")
+        return {"block_size": CPU_BLOCK_SIZE, **{name: getattr(n, name) for name in names}}
 
     def _card(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
         needs = CardNeeds(self.config, self.shape, dtype, max_len)
@@ -194,9 +193,7 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
         return round(value / GIB, 2)
 
     yield "weights_gib", gib(needs.weights), _weights_reason(needs)
-    trained = f"rank {config.lora.r} adapters" if config.lora.r else "all weights"
-    moments = " in 8 bits" if config.optim.name == "adamw_8bit" else ""
-    yield "trained_gib", gib(needs.trained), f"{trained}: masters, gradients, AdamW's moments{moments}"
+    yield "trained_gib", gib(needs.trained), _trained_reason(needs)
     yield (
         "overhead_gib",
         gib(n.fixed_bytes - needs.weights - needs.trained - needs.reference),
@@ -205,7 +202,7 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
     waves = -(-needs.completions // n.max_num_seqs)
     reason = "all completions of a step at once" if waves == 1 else (
         f"{needs.completions} completions in {waves} waves: "
-        + ("rollout.max_num_seqs" if config.rollout.max_num_seqs else "the KV cache of more does not fit")
+        + ("rollout.max_num_seqs" if n.max_num_seqs == config.rollout.max_num_seqs else "the KV cache of more does not fit")
     )  # fmt: skip
     yield "max_num_seqs", n.max_num_seqs, KEPT if kept else reason
     yield (
@@ -238,6 +235,15 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
     )
 
 
+def _trained_reason(needs: CardNeeds) -> str:
+    optim, rank = needs.config.optim, needs.config.lora.r
+    masters = "rounding errors, " if optim.master == "kahan" else "fp32 masters, "
+    trained = f"rank {rank} adapters: fp32 masters, " if rank else "all weights: " + (
+        "" if needs.dtype == "float32" else masters
+    )  # fmt: skip
+    return f"{trained}gradients, AdamW's moments{' in 8 bits' if optim.name == 'adamw_8bit' else ''}"
+
+
 def _weights_reason(needs: CardNeeds) -> str:
     model, shape = needs.config.model, needs.shape
     times = "twice (model.share_weights)" if model.share_weights == "copy" else "once"
@@ -262,10 +268,15 @@ def _micro_reason(needs: CardNeeds, numbers: CardNumbers, kept: bool) -> str:
 
 def _checkpoint_reason(needs: CardNeeds, numbers: CardNumbers, layers: int) -> str:
     if needs.config.optim.checkpoint_layers is not None:
-        return "optim.checkpoint_layers"
+        return _pinned_layers(needs)
     if not numbers.checkpoint_layers:
         return f"all {layers} layers' activations fit"
     return f"of {layers} layers keep only their input and run again in backward: the rest of the memory is used up"
+
+
+def _pinned_layers(needs: CardNeeds) -> str:
+    asked, layers = needs.config.optim.checkpoint_layers or 0, needs.shape.num_layers
+    return "optim.checkpoint_layers" + (f" is {asked}, the model has {layers} layers" if asked > layers else "")
 
 
 def _dtype(config: Config, machine: Machine) -> tuple[str, str]:
@@ -303,6 +314,8 @@ def _memory_reason(config: Config, machine: Machine) -> str:
     others = ", ".join(str(p) for p in machine.processes if (p.memory_bytes or 0) >= VISIBLE_BYTES)
     if machine.device == "cuda" and config.run.vram_gib:
         return "run.vram_gib: the whole process, engine and trainer"
+    if config.run.vram_gib:
+        return "what is free now; run.vram_gib is for a card and not used here"
     return f"what is free now; {others}" if others else "what is free now"
 
 
@@ -318,68 +331,6 @@ def _memory_budget(config: Config, machine: Machine) -> int:
             hint=f"run.vram_gib: at most {int(free * 10) / 10:g}, or null for that; or end what else uses the card",
         )
     return wanted
-
-
-def _fixed_bytes(config: Config, shape: ModelShape, dtype: str) -> int:
-    weights = shape.num_parameters * BYTES[dtype] * (2 if config.model.share_weights == "copy" else 1)
-    if config.lora.r:
-        training = shape.lora_parameters(config.lora.r) * (4 + 4 + 8)  # master, gradient, two moments
-    else:
-        masters = 0 if dtype == "float32" else 4
-        training = shape.num_parameters * (masters + BYTES[dtype] + 8)
-    reference = weights if config.objective.beta > 0 and not config.lora.r else 0
-    return weights + training + reference
-
-
-def _fixed_reason(config: Config, dtype: str) -> str:
-    if config.lora.r:
-        return f"the base once in {dtype}, rank {config.lora.r} adapters with fp32 masters and AdamW's moments"
-    masters = "" if dtype == "float32" else ", fp32 masters"
-    return f"all weights once in {dtype}{masters}, gradients, AdamW's moments"
-
-
-def _kv_cache(
-    config: Config, shape: ModelShape, dtype: str, free: int, max_len: int, kept: Mapping[str, Any]
-) -> tuple[int, int, str]:
-    block = CPU_BLOCK_SIZE
-    per_sequence = -(-max_len // block) * block * shape.kv_bytes_per_token(dtype)
-    completions = config.rollout.num_prompts * config.rollout.num_generations
-    wanted = min(completions, config.rollout.max_num_seqs or completions)
-    # Half of what is free: the training phase needs the other half, and on a CPU both live side by side.
-    fits = (free // 2) // per_sequence
-    if fits < 1:
-        need = (2 * per_sequence - free) / GIB
-        raise PlanError(f"the model and one sequence of {max_len} tokens need {need:.1f} GiB more than there is")
-    if 0 < kept.get("kv_cache_bytes", 0) <= free and 0 < kept.get("max_num_seqs", 0) <= wanted:
-        return kept["max_num_seqs"], kept["kv_cache_bytes"], KEPT
-    seqs = min(wanted, fits)
-    reason = "all completions of a step at once" if seqs == completions else (
-        "rollout.max_num_seqs" if seqs == wanted else f"memory for {fits} of {completions} completions"
-    )  # fmt: skip
-    spare = block * shape.kv_bytes_per_token(dtype) * 2  # vLLM keeps a null block; one more against rounding
-    return seqs, seqs * per_sequence + spare, reason
-
-
-def _micro_batch(
-    config: Config, shape: ModelShape, dtype: str, free: int, max_len: int, kept: Mapping[str, Any]
-) -> tuple[int, str]:
-    pinned = config.optim.micro_batch_tokens
-    if pinned is not None:
-        return pinned, "optim.micro_batch_tokens"
-    per_token = int(CPU_ACTIVATION_FACTOR * shape.activation_bytes_per_token(dtype))
-    fits = int(free * 0.8) // per_token
-    if fits < max_len:
-        raise PlanError(
-            f"training on one sequence of {max_len} tokens needs {max_len * per_token / GIB:.1f} GiB of activations, "
-            f"{max(0, free) / GIB:.1f} GiB are left"
-        )
-    if max_len <= kept.get("micro_batch_tokens", 0) <= free // per_token:
-        return kept["micro_batch_tokens"], KEPT
-    if fits < MAX_CPU_MICRO_BATCH_TOKENS:
-        return fits, f"activations of {per_token / 1024:.0f} KiB per token in what is left"
-    return max(
-        MAX_CPU_MICRO_BATCH_TOKENS, max_len
-    ), "large enough to keep the cores busy, small enough for their caches"
 
 
 def _reference(config: Config, shape: ModelShape, dtype: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..config import Config, EmbeddingPlace, HeadFormat
+from ..errors import PlanError
 from .machine import Machine
 from .shapes import ModelShape
 
@@ -15,6 +16,33 @@ _APART: dict[EmbeddingPlace, list[tuple[HeadFormat, EmbeddingPlace]]] = {
     "host": [("16bit", "host"), ("int8", "host")],
     "int8": [("16bit", "int8"), _BOTH],
 }
+
+
+def can_pack(engine: str, config: Config) -> bool:
+    """Whether head and embedding can be held in other ways than in 16 bits: by vLLM, once; adapters are needed too."""
+    return engine == "vllm" and config.model.share_weights == "require"
+
+
+def check_vocabulary(config: Config, shape: ModelShape, engine: str) -> None:
+    """Raise PlanError for settings of head and embedding that the engine, or a tied model, cannot have."""
+    model = config.model
+    asked = {"head": model.head, "embedding": model.embedding}
+    packed = [f"model.{name} {value}" for name, value in asked.items() if value not in ("auto", "16bit", "card")]
+    if not packed:
+        return
+    if engine != "vllm" or model.share_weights == "copy":
+        held = "model.share_weights: require" if engine == "vllm" else "model.engine: vllm"
+        other = "the trainer's own copy of the weights" if engine == "vllm" else f"the {engine} engine"
+        raise PlanError(
+            f"{packed[0]} is asked for, which {other} cannot have",
+            hint=f"{held}; or model.head: auto and model.embedding: auto",
+        )
+    if shape.tied_embeddings and (model.embedding == "host" or model.head == "16bit"):
+        raise PlanError(
+            f"the model uses one tensor for embedding and output head: {' and '.join(packed)} cannot be had with "
+            f"model.head {model.head}",
+            hint="model.head: int8 and model.embedding: auto hold both in 8 bits",
+        )
 
 
 def vocabulary_ways(
@@ -29,7 +57,7 @@ def vocabulary_ways(
         head = kept["head"]
     if embedding == "auto" and "embedding" in kept:
         embedding = kept["embedding"]
-    packs = machine.device == "cuda" and engine == "vllm" and bool(config.lora.r)
+    packs = machine.device == "cuda" and can_pack(engine, config) and bool(config.lora.r)
     # WSL pins no memory.
     apart: EmbeddingPlace = "int8" if "microsoft" in platform.release().lower() else "host"
     ways: list[tuple[HeadFormat, EmbeddingPlace]] = [("16bit", "card")]

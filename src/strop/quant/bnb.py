@@ -35,7 +35,12 @@ def merged(
         state = _state(parts)
         if state is not None and _needed(state) <= parts.keys():
             del waiting[weight]
-            yield weight, parts[""], _unpack(weight, parts, state)
+            try:
+                packed = _unpack(weight, parts, state)
+            except (KeyError, IndexError, TypeError, RuntimeError) as e:
+                what = f"no {e}" if isinstance(e, KeyError) else str(e)
+                raise ValueError(f"the parts of `{weight}` do not fit together ({what}); the file is damaged") from e
+            yield weight, parts[""], packed
     if waiting:
         name, parts = next(iter(waiting.items()))
         lacking = sorted({"", ".absmax", ".quant_map", _STATE} - parts.keys())
@@ -59,6 +64,9 @@ def _unpack(name: str, parts: dict[str, torch.Tensor], state: dict[str, object])
             f"`{name}` is packed as {state['quant_type']} in blocks of {state['blocksize']}, "
             f"nf4 in blocks of {nf4.BLOCK} is needed"
         )
+    given = parts[".quant_map"].float().flatten()
+    if given.shape != (len(nf4.CODES),) or (given - torch.tensor(nf4.CODES)).abs().max() > 1e-6:
+        raise ValueError(f"`{name}` is packed with another code than NF4's")
     rows, columns = state["shape"]  # type: ignore[misc]
     absmax = parts[".absmax"]
     if "nested_blocksize" in state:

@@ -73,9 +73,11 @@ def quantize(weight_NK: torch.Tensor) -> Nf4:
 def from_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> Nf4:
     """Repack bitsandbytes' bytes (uint8, N * K / 2 of them, the first of two in the high half) and fp32 scales.
 
-    Raises ValueError when a block reaches over the end of a row.
+    Raises ValueError when a block reaches over the end of a row, or when there are too few or too many bytes or scales.
     """
     n, k = shape
+    if packed.numel() * 2 != n * k or absmax.numel() * BLOCK != n * k:
+        raise ValueError(f"{packed.numel()} bytes and {absmax.numel()} scales for a weight of shape {shape}")
     if k % BLOCK:
         raise ValueError(f"{k} inputs in blocks of {BLOCK} across rows; a multiple of {BLOCK} is needed")
     pairs = packed.reshape(-1, 1)

@@ -69,7 +69,7 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
         session = Session(
             config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, watch, state,
             saved_step=checkpoint.step if checkpoint else -1, started=started,
-            limit=MicroBatchLimit(note=progress.note),
+            limit=MicroBatchLimit(checkpoint.state.get("micro_batch_limit") if checkpoint else None, note=progress.note),
         )  # fmt: skip
         if watch.canary is not None:
             session.check_canary()
@@ -84,9 +84,13 @@ def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: Optimizer, progres
     state = RunState.from_dict(checkpoint.state)
     parts.weights.version = state.step
     before, now = checkpoint.state["promise"], parts.plan.promise()
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    # A checkpoint of an earlier version lacks numbers that nothing was planned for yet.
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     if changed:
         progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
+    limit = checkpoint.state.get("micro_batch_limit")
+    if limit is not None and limit < parts.plan.micro_batch_tokens:
+        progress.note(f"micro-batches stay at most {limit} tokens long: the card ran out of memory on longer ones")
     versions = parts.pool.versions()
     known: dict[str, str] = checkpoint.state.get("reward_versions", versions)
     if rewritten := [name for name, version in versions.items() if known.get(name) != version]:

@@ -222,6 +222,8 @@ class Session:
             return
         with self.progress.phase("checkpoint"):
             state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
+            if self.limit.tokens is not None:
+                state["micro_batch_limit"] = self.limit.tokens
             state |= {"monitor": self.watch.monitor.as_dict(), "reward_versions": self.parts.pool.versions()}
             write_checkpoint(
                 self.folder.path,

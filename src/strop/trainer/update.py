@@ -107,8 +107,15 @@ def update(
         optimizer.zero_grad()
         reason = f"loss {metrics['loss'].value:g} and gradient norm {norm:g} are not both finite"
         return StepStats(metrics, stepped=False, skipped_reason=reason)
-    # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6 as well.
-    optimizer.step(learning_rate=learning_rate, gradient_scale=min(1.0, max_grad_norm / (norm + 1e-6)) / scale)
+    try:
+        # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6 as well.
+        optimizer.step(learning_rate=learning_rate, gradient_scale=min(1.0, max_grad_norm / (norm + 1e-6)) / scale)
+    except torch.OutOfMemoryError as e:
+        raise MemoryExhaustedError(
+            f"the card has too little memory for the optimizer's own step: {str(e).split('. ')[0]}",
+            hint="optim.name: adamw_8bit needs less; or run.vram_gib: raise it, if something else used the card. What was "
+            "learned up to the last checkpoint is kept",
+        ) from e
     return StepStats(metrics, stepped=True)
 
 
