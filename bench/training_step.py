@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import training_check
+from shapes import CONFIGS
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from strop.config import ObjectiveConfig
@@ -41,13 +42,11 @@ from strop.types import MicroBatch, Problem, Rollout, Sample, ScoredRollout, Seg
 PEAK_FLOPS = 989e12
 """Dense bf16 of an H100 or H200 SXM."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SHAPES = {  # layers, hidden, intermediate, heads, kv heads, tied head
-    "tiny": (2, 256, 512, 4, 2, True),
-    "0.5b": (24, 896, 4864, 14, 2, True),
-    "1.5b": (28, 1536, 8960, 12, 2, True),
-    "3b": (36, 2048, 11008, 16, 2, True),
-    "7b": (28, 3584, 18944, 28, 4, False),
-}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 3_000, "tie_word_embeddings": True},
+    **{name.removeprefix("qwen2.5-"): CONFIGS[name] for name in CONFIGS if name.startswith("qwen2.5-")},
+}  # fmt: skip
 WORK = {  # prompts, generations, prompt tokens, completion tokens (lowest, mode, highest)
     "L1": (16, 8, 110, (80, 390, 400)),
     "W1": (8, 8, 256, (1024, 1024, 1024)),
@@ -79,11 +78,12 @@ class Setup:
 
 
 def build(model: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
-    count, hidden, intermediate, heads, kv_heads, tied = SHAPES[model]
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+             "vocab_size", "tie_word_embeddings")  # fmt: skip
+    sizes = {name: SHAPES[model][name] for name in names}
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     config = Qwen2Config(
-        vocab_size=151_936 if model != "tiny" else 3_000, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers or count, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied, max_position_embeddings=32_768, rope_theta=1e6, eos_token_id=1, bos_token_id=None,
+        **sizes, max_position_embeddings=32_768, rope_theta=1e6, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):

@@ -301,6 +301,23 @@ def test_out_of_memory_in_a_rollout_halves_what_runs_and_gives_the_same_completi
     assert [r.segments for r in generate(vllm_rig, requests)] == [r.segments for r in whole]
 
 
+def test_a_prefill_that_ran_out_of_memory_leaves_no_keys_and_values_behind(
+    vllm_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are in the prefix cache as soon as a step is planned, whether it was computed or not."""
+    requests = rollout_requests(problems(3, tokens=70), 4, run_seed=0, step=3)
+    whole = generate(vllm_rig, requests)
+    engine = vllm_rig.engine
+    out_of_memory_at(vllm_rig, {1}, monkeypatch)
+    try:
+        again = generate(vllm_rig, requests)
+    finally:
+        engine.limit_concurrency(128)
+        engine._out_of_memory = 0
+    assert [r.completion_token_ids for r in again] == [r.completion_token_ids for r in whole]
+    assert [r.num_cached_tokens for r in again] == [r.num_cached_tokens for r in whole]
+
+
 def test_fewer_places_than_requests_fill_up_in_batches(vllm_rig: Rig) -> None:
     """All completions are the same, and steps with a prompt in them are few."""
     requests = rollout_requests(problems(12), 4, run_seed=0, step=0)

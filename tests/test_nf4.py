@@ -259,13 +259,39 @@ def test_a_packed_checkpoint_needs_the_setting(bnb: Any) -> None:
         load_model(source, ModelConfig(quantization="nf4"), torch.float32, torch.device("cpu"))
 
 
-def test_another_packing_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_packed_checkpoint_is_refused_by_the_name_of_its_weight(bnb: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = packed_checkpoint(bnb, "llama", kept=(), nested=True)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[f"{name}.absmax"] = tensors[f"{name}.absmax"].flatten()[:-3]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=name) as caught:
+        quantised_rig(folder)
+    assert "download it again" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq, 4"),
+        ({"quant_method": "awq", "bits": 4}, "awq, 4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"bits": 3}, "unknown, 3"),
+    ],
+)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_another_packing_is_refused(stored: dict[str, Any], said: str, quantization: str, tmp_path: Path) -> None:
     shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = stored
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="gptq"):
-        open_model(str(tmp_path), "nf4")
+    with pytest.raises(ModelError, match=said) as caught:
+        open_model(str(tmp_path), quantization)
+    assert "16-bit checkpoint" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("held", [{"embedding": "host"}, {"embedding": "int8"}, {"head": "int8", "embedding": "host"}])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen3Config
 
 from strop import load_config
-from strop.errors import PlanError
+from strop.errors import ConfigError, PlanError
 from strop.memory.card import HEADROOM, CardNeeds
 from strop.memory.machine import Machine
 from strop.memory.plan import Plan, make_plan
@@ -32,15 +33,19 @@ QWEN_7B = Qwen2Config(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     **(QWEN | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}),
 )  # fmt: skip
+GEMMA = Gemma3TextConfig(num_hidden_layers=4, max_position_embeddings=32768)
 CPU = Machine("cpu", "CPU", 2, 48 * GIB, True)
 CARD = Machine("cuda", "card", 16, 24 * GIB, True, 24 * GIB)
 ROOMY = Machine("cuda", "card", 16, 79 * GIB, True, 80 * GIB)
 
 
-def plan(machine: Machine = CPU, kept: dict[str, Any] | None = None, model: Any = QWEN_1_5B, **changes: Any) -> Plan:
+def plan(
+    machine: Machine = CPU, kept: dict[str, Any] | None = None, model: Any = QWEN_1_5B, engine: str = "vllm",
+    **changes: Any,
+) -> Plan:  # fmt: skip
     config = load_config({}, [f"{k.replace('__', '.')}={v}" for k, v in changes.items()])
     shape = ModelShape.from_config(model)
-    return make_plan(config, shape, machine, engine="vllm", engine_reason="test", kept=kept)
+    return make_plan(config, shape, machine, engine=engine, engine_reason="test", kept=kept)
 
 
 def workload(prompts: int, each: int, prompt: int, completion: int, **more: Any) -> dict[str, Any]:
@@ -178,6 +183,120 @@ def test_kept_numbers_win_where_they_fit_and_only_there() -> None:
     assert plan(CARD, run__vram_gib=8, kept=plan(CARD).promise()).promise() == on_small_card.promise()
 
 
+def test_a_resumed_run_takes_what_is_pinned_now() -> None:
+    for machine in (CARD, CPU):
+        first = plan(machine)
+        now = {"optim__micro_batch_tokens": 2000, "optim__checkpoint_layers": 7, "rollout__max_num_seqs": 9}
+        again = plan(machine, kept=first.promise(), **now)
+        assert (again.micro_batch_tokens, again.checkpoint_layers, again.max_num_seqs) == (2000, 7, 9)
+        more = plan(machine, kept=first.promise(), optim__micro_batch_tokens=2000)
+        assert more.promise() == first.promise() | {"micro_batch_tokens": 2000}
+
+
+def test_a_number_that_the_model_or_the_card_cuts_short_says_so() -> None:
+    for machine in (CARD, CPU):
+        layers = plan(machine, optim__checkpoint_layers=99).as_dict()["checkpoint_layers"]
+        assert layers["value"] == 28
+        assert "is 99, the model has 28" in layers["reason"]
+    tight = plan(CARD, run__vram_gib=6, rollout__max_num_seqs=60, rollout__max_completion_length=4096)
+    assert tight.max_num_seqs < 60
+    assert "does not fit" in tight.as_dict()["max_num_seqs"]["reason"]
+    assert "not used here" in plan(CPU, run__vram_gib=7).as_dict()["memory_gib"]["reason"]
+
+
+def test_a_cpu_counts_what_is_packed_and_pinned() -> None:
+    def weights(**changes: Any) -> Any:
+        return plan(CPU, **changes).as_dict()["weights_gib"]
+
+    plain, packed = weights(), weights(**NF4)
+    assert "linears in 4 bits" in packed["reason"]
+    assert plain["value"] - packed["value"] == pytest.approx(1.31e9 * (4 - 17 / 32) / GIB, rel=0.02)
+    assert weights(model__share_weights="copy")["value"] > 1.8 * plain["value"]
+    assert "8 bits" in weights(optim__name="adamw_8bit")["reason"]
+    with pytest.raises(PlanError, match=r"optim.micro_batch_tokens.* needs") as error:
+        plan(CPU, optim__micro_batch_tokens=200_000)
+    plan(CPU, **hinted(str(error.value.hint)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "changes"),
+    [
+        ("transformers", QWEN_7B, {"model__head": "int8"}),
+        ("transformers", QWEN_7B, {"model__embedding": "host"}),
+        ("vllm", QWEN_7B, {"model__head": "int8", "model__share_weights": "copy"}),
+        ("vllm", QWEN_1_5B, {"model__embedding": "host"}),
+        ("vllm", QWEN_1_5B, {"model__embedding": "int8", "model__head": "16bit"}),
+        ("vllm", GEMMA, {"model__head": "int8"}),
+        ("vllm", QWEN_1_5B, {"lora__r": 0, "optim__master": "kahan", "model__dtype": "float32"}),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_by_the_plan(
+    engine: str, model: Any, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(PlanError) as error:
+        plan(ROOMY, model=model, engine=engine, **changes)
+    named = hinted(str(error.value.hint).partition("; or")[0])
+    plan(ROOMY, model=model, **(changes | named))
+
+
+@pytest.mark.parametrize(
+    "options", [["optim.master=kahan"], ["lora.r=0", "model.quantization=nf4"], ["lora.r=0", "model.head=int8"]]
+)
+def test_settings_that_nothing_would_come_of_are_refused(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.r is"):
+        load_config({}, options)
+
+
+def drawn(draw: random.Random) -> tuple[ModelShape, Machine, str, list[str]]:
+    """A model, a machine, an engine and settings, none of them likely."""
+    kv_heads, hidden = draw.choice([1, 4, 8]), draw.choice([256, 1536, 4096])
+    shape = ModelShape(
+        draw.choice([1, 4, 28, 48]), hidden, hidden * draw.choice([3, 5]), kv_heads * draw.choice([1, 7]), kv_heads,
+        draw.choice([64, 256]), draw.choice([512, 151936, 262144]), draw.random() < 0.5, 131072, draw.random() < 0.8,
+    )  # fmt: skip
+    size = draw.choice([2, 4, 8, 12, 24, 80]) * GIB
+    machine = Machine("cuda", "card", 8, size, True, size) if draw.random() < 0.8 else Machine("cpu", "", 8, size, True)
+    choices: dict[str, tuple[float, list[Any]]] = {
+        "rollout.num_prompts": (1, [1, 8, 64]), "rollout.num_generations": (1, [2, 64]),
+        "task.max_prompt_length": (1, [1, 512, 2048]), "rollout.max_completion_length": (1, [1, 400, 4096, 32000]),
+        "lora.r": (1, [0, 1, 16, 512]), "run.vram_gib": (0.5, [0.05, 1, 3.3, 7]), "rollout.max_num_seqs": (0.2, [1, 7]),
+        "optim.micro_batch_tokens": (0.2, [40_000, 200_000]), "optim.checkpoint_layers": (0.2, [0, 99]),
+        "model.quantization": (0.3, ["nf4"]), "model.share_weights": (0.1, ["copy"]), "optim.master": (0.1, ["kahan"]),
+        "objective.beta": (0.2, [0.1]), "model.head": (0.1, ["16bit"]), "optim.name": (0.2, ["adamw_8bit"]),
+    }  # fmt: skip
+    options = [f"{key}={draw.choice(values)}" for key, (share, values) in choices.items() if draw.random() < share]
+    return shape, machine, draw.choice(["vllm", "vllm", "transformers"]), options
+
+
+def test_plans_drawn_at_random_stay_below_their_memory_and_their_advice_is_enough() -> None:
+    draw = random.Random(0)
+    seen = {"fits": 0, "advice": 0}
+    for _ in range(600):
+        shape, machine, engine, options = drawn(draw)
+        try:
+            config = load_config({}, options)
+        except ConfigError:
+            continue
+        try:
+            result = make_plan(config, shape, machine, engine=engine, engine_reason="test")
+        except PlanError as e:
+            hint = e.hint or "none"
+            if any(part in hint for part in ("smaller model", "at most", "at least", "; or")):
+                continue  # no change is enough, or the settings exclude each other whatever the memory
+            followed = [f"{key.replace('__', '.')}={value}" for key, value in hinted(hint).items()]
+            make_plan(load_config({}, [*options, *followed]), shape, machine, engine=engine, engine_reason="test")
+            seen["advice"] += 1
+            continue
+        seen["fits"] += 1
+        shown = {item.name: item.value for item in result.items}
+        assert max(shown.get("rollout_peak_gib", 0), shown.get("training_peak_gib", 0)) <= result.memory_bytes / GIB
+        assert result.micro_batch_tokens >= result.max_model_len
+        assert result.max_num_seqs >= 1
+        again = make_plan(config, shape, machine, engine=engine, engine_reason="test", kept=result.promise())
+        assert again.promise() == result.promise()
+    assert min(seen.values()) > 50, seen
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -195,7 +314,7 @@ def test_what_cannot_fit_is_refused_with_the_setting_to_change(changes: dict[str
 
 def hinted(hint: str) -> dict[str, str]:
     """Settings that a hint names, as `section__name: value`."""
-    return {f"{s}__{n}": v for s, n, v in re.findall(r"(\w+)\.(\w+): ([\w.]+\w)", hint)}
+    return {f"{s}__{n}": v for s, n, v in re.findall(r"(\w+)\.(\w+): ([\w.]*\w)", hint)}
 
 
 @pytest.mark.parametrize(

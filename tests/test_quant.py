@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from strop.policy.nf4 import Nf4Linear
 from strop.quant import int8, nf4, products
-from strop.quant.bnb import merged
+from strop.quant.bnb import PackedError, merged
 
 
 @pytest.fixture(scope="session")
@@ -186,3 +187,60 @@ def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them(bnb: Any) -> None
         assert (nf4.dequantize(ours, torch.float32) - reference).abs().max() < 2e-3 * reference.abs().max()
     with pytest.raises(ValueError, match=r"lacks .*absmax"):
         list(merged(tensors[:1]))
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda parts: parts.pop(key)
+
+
+def cut(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda parts: parts.update({key: parts[key].flatten()[:-1]})
+
+
+def state_with(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(parts: dict[str, Any]) -> None:
+        key = "a.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(parts[key].tolist()).decode()) | changes
+        text = json.dumps({k: v for k, v in state.items() if v is not None})
+        parts[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    return change
+
+
+def scrambled(parts: dict[str, Any]) -> None:
+    parts["a.weight.quant_state.bitsandbytes__nf4"] = torch.tensor([255, 123, 0], dtype=torch.uint8)
+
+
+def another_code(parts: dict[str, Any]) -> None:
+    parts["a.weight.quant_map"] = torch.linspace(-1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without("a.weight"), "lacks"),
+        (without("a.weight.absmax"), "absmax"),
+        (without("a.weight.nested_absmax"), "nested"),
+        (without("a.weight.quant_state.bitsandbytes__nf4"), "quant_state"),
+        (cut("a.weight"), "bytes and"),
+        (cut("a.weight.absmax"), "scales"),
+        (cut("a.weight.quant_map"), "another code"),
+        (another_code, "another code"),
+        (scrambled, "cannot be read"),
+        (state_with(blocksize=128), "blocks of 128"),
+        (state_with(quant_type="fp4"), "fp4"),
+        (state_with(shape=[160, 128]), "320 scales|640 scales"),
+        (state_with(shape=None), "shape"),
+        (state_with(nested_offset=None), "nested_offset"),
+        (state_with(nested_blocksize="many"), "many"),
+    ],
+)  # fmt: skip
+def test_a_damaged_packed_weight_is_refused_by_name(
+    damage: Callable[[dict[str, Any]], None], said: str, bnb: Any
+) -> None:
+    packed, state = bnb.quantize_4bit(weight(160, 256), blocksize=64, quant_type="nf4", compress_statistics=True)
+    parts = {"a.weight": packed, **{f"a.weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
+    damage(parts)
+    with pytest.raises(PackedError, match=said) as error:
+        list(merged(parts.items()))
+    assert "`a.weight" in str(error.value)

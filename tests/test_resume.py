@@ -134,6 +134,16 @@ def test_killed_before_the_first_checkpoint_in_a_rollout_and_in_a_checkpoint(
     assert_bit_equal(expected, final_state(out))
 
 
+def test_a_4_bit_base_with_8_bit_moments_goes_on_with_the_same_bits(runner: Runner, tmp_path: Path) -> None:
+    cfg = config(8)
+    cfg["model"]["quantization"] = "nf4"
+    cfg["optim"]["name"] = "adamw_8bit"
+    assert runner.run(cfg, tmp_path / "straight") == 0
+    assert runner.run(cfg, tmp_path / "run", kill_when=["rows", 3, 0.05]) == -9
+    assert runner.run(cfg, tmp_path / "run", resume=True) == 0
+    assert_bit_equal(final_state(tmp_path / "straight"), final_state(tmp_path / "run"))
+
+
 def test_killed_while_scoring(runner: Runner, tmp_path: Path) -> None:
     env = {"STROP_TEST_KILL_STEP": "3", "STROP_TEST_KILL_MARKER": str(tmp_path / "killed")}  # the workers inherit it
     cfg = config(0, "kills_the_trainer")

@@ -313,6 +313,19 @@ def test_the_third_shortage_of_a_run_ends_it_and_leaves_the_weights_alone() -> N
     assert all(p.grad is None for p in policy.trainable.values())
 
 
+def test_an_optimizer_without_room_for_its_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = new_policy()
+    optimizer = MasterAdamW(policy.trainable, **ADAM)
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(optimizer._adamw, "step", fail)
+    with pytest.raises(MemoryExhaustedError, match="optimizer") as caught:
+        step(policy, optimizer, pack(new_samples(), 10_000))
+    assert "adamw_8bit" in caught.value.hint
+
+
 def test_a_single_completion_that_does_not_fit_ends_the_run_at_once() -> None:
     policy = new_policy()
     shortage = Shortage(policy, tokens=0)

@@ -17,7 +17,6 @@ from typing import Any
 
 from workloads import SHAPES
 
-VOCAB_SIZE = 151936
 END, BOS = 151645, 151643
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -34,10 +33,9 @@ def make_model(shape: str, folder: Path, *, mean_completion: int | None = None, 
         return
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save_pretrained(folder)
-    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE} | SHAPES[shape]
     config = Qwen2Config(
         max_position_embeddings=32768, rope_theta=1e6, eos_token_id=END, bos_token_id=BOS, pad_token_id=BOS,
-        architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **sizes,
+        architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **SHAPES[shape],
     )  # fmt: skip
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "tie_word_embeddings", "vocab_size")  # fmt: skip
+_PUBLISHED: dict[str, dict[str, Any]] = runpy.run_path(str(Path(__file__).parent.parent / "shapes.py"))["CONFIGS"]
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-             "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-             "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064},
-}  # fmt: skip
-"""Qwen2.5's sizes as arguments of transformers' Qwen2Config."""
+    name.removeprefix("qwen2.5-"): {size: config[size] for size in _SIZES}
+    for name, config in _PUBLISHED.items()
+    if name.startswith("qwen2.5-")
+}
+"""Qwen2.5's sizes as arguments of transformers' Qwen2Config, by 0.5b, 1.5b, 3b and 7b."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +59,4 @@ def linear_parameters(shape: str) -> int:
     hidden, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
     head_dim = hidden // s["num_attention_heads"]
     attention = hidden * head_dim * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
-    return layers * (attention + 3 * hidden * inner) + s.get("vocab_size", 151936) * hidden
+    return layers * (attention + 3 * hidden * inner) + s["vocab_size"] * hidden

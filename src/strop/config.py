@@ -383,8 +383,8 @@ class Config(Section):
                 )
         if self.optim.master == "kahan" and self.lora.r > 0:
             raise ValueError(
-                f"optim.master is kahan while lora.r is {self.lora.r}; adapters are fp32 and their own masters, so fp32 is "
-                "needed (kahan is for lora.r 0)"
+                f"optim.master is kahan while lora.r is {self.lora.r}; adapters are fp32 and their own masters, so "
+                "fp32 is needed (kahan is for lora.r 0)"
             )
         if self.objective.mask_truncated_completions and self.rollout.max_completion_length < 2:
             raise ValueError("with max_completion_length 1 every completion is truncated and would be masked")

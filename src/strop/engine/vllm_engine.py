@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import EngineError, MemoryExhaustedError, StropError
+from ..errors import EngineError, MemoryExhaustedError, ModelError, StropError
+from ..quant.bnb import PackedError
 from ..types import Request, Rollout, Sampling
 from . import vllm_compat, vllm_lora, vllm_weights
 from .base import AdapterSlot, EngineSettings, Progress, make_rollout
@@ -46,7 +47,7 @@ class VllmEngine:
     ) -> None:
         """Load the model; `decode` turns token ids into text, `note` tells the user what was changed on the way.
 
-        Raises EngineError with what vLLM said.
+        Raises EngineError with what vLLM said, ModelError for a packed checkpoint that is damaged.
         """
         import torch
 
@@ -63,6 +64,11 @@ class VllmEngine:
             ) from e
         except StropError:
             raise
+        except PackedError as e:
+            raise ModelError(
+                f"the checkpoint `{settings.model_path}` cannot be used: {e}",
+                hint="model.path: download it again, or give the 16-bit checkpoint; it is packed while it is read",
+            ) from e
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as e:
             raise EngineError(
                 f"vLLM cannot load `{settings.model_path}`: {e}",
@@ -246,6 +252,8 @@ class VllmEngine:
             self._core.batch_queue.clear()
         self._runner.execute_model_state = None
         self._drain()
+        # Blocks are in the cache since the step was planned, though it was never computed.
+        self.reset_prefix_cache()
         gc.collect()
         if on_card:
             torch.cuda.empty_cache()

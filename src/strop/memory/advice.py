@@ -91,9 +91,7 @@ def _least_dial(config: Config, machine: Machine, fits: Callable[[Config], bool]
     return high / 10 if high < most else 0.0
 
 
-def _other_training(
-    config: Config, *, packs: bool, tied: bool, on_card: bool
-) -> Iterator[tuple[dict[str, Any], str]]:
+def _other_training(config: Config, *, packs: bool, tied: bool, on_card: bool) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield kinds of training that need less: each change by itself, the mildest first, then several together."""
     changes: list[tuple[dict[str, Any], str]] = []
     if on_card and config.optim.name == "adamw":

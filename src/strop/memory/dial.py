@@ -38,11 +38,6 @@ class VramDial:
         """Cap for training while `released` bytes of the KV cache are unmapped."""
         self._limit(released)
 
-    @property
-    def beside_torch_bytes(self) -> int:
-        """Bytes that this process holds on the card outside of torch's allocator, as last measured."""
-        return self._beside
-
     def _limit(self, released: int) -> None:
         if self._phases < SETTLING_PHASES:
             self._phases += 1

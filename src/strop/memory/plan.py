@@ -105,7 +105,8 @@ def make_plan(
     except PlanError as e:
         if e.hint:
             raise
-        raise PlanError(e.message, hint=cheapest_change(config, machine, plan, packs=can_pack(engine, config), tied=shape.tied_embeddings)) from None
+        packs, tied = can_pack(engine, config, shape), shape.tied_embeddings
+        raise PlanError(e.message, hint=cheapest_change(config, machine, plan, packs=packs, tied=tied)) from None
 
 
 class _Planning:
@@ -200,10 +201,10 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
         ("CUDA's context and kernels, the engine's graphs and buffers"),
     )
     waves = -(-needs.completions // n.max_num_seqs)
-    reason = "all completions of a step at once" if waves == 1 else (
-        f"{needs.completions} completions in {waves} waves: "
-        + ("rollout.max_num_seqs" if n.max_num_seqs == config.rollout.max_num_seqs else "the KV cache of more does not fit")
-    )  # fmt: skip
+    pinned = n.max_num_seqs == config.rollout.max_num_seqs
+    why = "rollout.max_num_seqs" if pinned else "the KV cache of more does not fit"
+    reason = f"{needs.completions} completions in {waves} waves: {why}"
+    reason = "all completions of a step at once" if waves == 1 else reason
     yield "max_num_seqs", n.max_num_seqs, KEPT if kept else reason
     yield (
         "kv_cache_gib",

@@ -28,6 +28,8 @@ class ModelShape:
     """Whether the policy runs its layers as fused blocks on a card."""
     head_norms: bool = False
     """Whether q and k are normalised per head, as in Qwen3 and Gemma 3."""
+    scaled_embedding: bool = False
+    """Whether the embedding multiplies its rows, as Gemma's does; such a one is held in 16 bits only."""
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -45,6 +47,7 @@ class ModelShape:
             max_positions=config.max_position_embeddings,
             fused=config.model_type in FUSED_MODELS,
             head_norms=config.model_type in ("qwen3", "gemma3_text"),
+            scaled_embedding=config.model_type.startswith("gemma"),
         )
 
     @property

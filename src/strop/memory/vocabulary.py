@@ -18,9 +18,9 @@ _APART: dict[EmbeddingPlace, list[tuple[HeadFormat, EmbeddingPlace]]] = {
 }
 
 
-def can_pack(engine: str, config: Config) -> bool:
+def can_pack(engine: str, config: Config, shape: ModelShape) -> bool:
     """Whether head and embedding can be held in other ways than in 16 bits: by vLLM, once; adapters are needed too."""
-    return engine == "vllm" and config.model.share_weights == "require"
+    return engine == "vllm" and config.model.share_weights == "require" and not shape.scaled_embedding
 
 
 def check_vocabulary(config: Config, shape: ModelShape, engine: str) -> None:
@@ -36,6 +36,11 @@ def check_vocabulary(config: Config, shape: ModelShape, engine: str) -> None:
         raise PlanError(
             f"{packed[0]} is asked for, which {other} cannot have",
             hint=f"{held}; or model.head: auto and model.embedding: auto",
+        )
+    if shape.scaled_embedding:
+        raise PlanError(
+            f"{packed[0]} is asked for; this model's embedding multiplies its rows and is held in 16 bits only",
+            hint="model.head: auto and model.embedding: auto",
         )
     if shape.tied_embeddings and (model.embedding == "host" or model.head == "16bit"):
         raise PlanError(
@@ -57,7 +62,7 @@ def vocabulary_ways(
         head = kept["head"]
     if embedding == "auto" and "embedding" in kept:
         embedding = kept["embedding"]
-    packs = machine.device == "cuda" and can_pack(engine, config) and bool(config.lora.r)
+    packs = machine.device == "cuda" and can_pack(engine, config, shape) and bool(config.lora.r)
     # WSL pins no memory.
     apart: EmbeddingPlace = "int8" if "microsoft" in platform.release().lower() else "host"
     ways: list[tuple[HeadFormat, EmbeddingPlace]] = [("16bit", "card")]

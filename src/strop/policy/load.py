@@ -165,7 +165,8 @@ def _kept_modules(path: str, config: Any, quantization: str) -> tuple[str, ...] 
     method = given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") else "unknown")
     fits = method == "bitsandbytes" and given.get("load_in_4bit") and given.get("bnb_4bit_quant_type") == "nf4"
     if quantization != "nf4" or not fits:
-        kind = f"{method}, {given.get('bnb_4bit_quant_type', given.get('bits', 'unknown'))}"
+        how = "8 bits" if given.get("load_in_8bit") else given.get("bits", "unknown")
+        kind = f"{method}, {given.get('bnb_4bit_quant_type', how)}"
         raise ModelError(
             f"model `{path}` is stored quantised ({kind}), 16 or 32 bit weights are needed"
             + ("" if fits else "; of packed ones, bitsandbytes' NF4 under model.quantization nf4"),

@@ -148,8 +148,8 @@ def load_model(source: ModelSource, settings: ModelConfig, dtype: torch.dtype, d
     refused = [name for name, asked in packed.items() if asked]
     if refused:
         raise ModelError(
-            f"{refused[0]} {'are' if refused[0].endswith('s') else 'is'} not there with the transformers engine, nor in a "
-            "copy of the trainer's own",
+            f"{refused[0]} {'are' if refused[0].endswith('s') else 'is'} not there with the transformers engine, nor "
+            "in a copy of the trainer's own",
             hint="model.engine: vllm with model.share_weights: require; or a 16-bit checkpoint, model.head 16bit and "
             "model.embedding card",
         )

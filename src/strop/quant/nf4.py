@@ -76,10 +76,10 @@ def from_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[i
     Raises ValueError when a block reaches over the end of a row, or when there are too few or too many bytes or scales.
     """
     n, k = shape
-    if packed.numel() * 2 != n * k or absmax.numel() * BLOCK != n * k:
-        raise ValueError(f"{packed.numel()} bytes and {absmax.numel()} scales for a weight of shape {shape}")
     if k % BLOCK:
         raise ValueError(f"{k} inputs in blocks of {BLOCK} across rows; a multiple of {BLOCK} is needed")
+    if packed.numel() * 2 != n * k or absmax.numel() * BLOCK != n * k:
+        raise ValueError(f"{packed.numel()} bytes and {absmax.numel()} scales for a weight of shape {shape}")
     pairs = packed.reshape(-1, 1)
     codes = torch.cat([pairs >> 4, pairs & 15], dim=1).view(n, k)
     blocks = _padded(codes, CODES.index(0.0)).view(n, -1, BLOCK)
@@ -104,8 +104,3 @@ def dequantize(weight: Nf4, dtype: torch.dtype) -> torch.Tensor:
     blocks = halves.view(n, 2, -1, BLOCK).transpose(1, 2).reshape(n, -1, BLOCK)
     values = table[blocks.int()] * weight.absmax.to(dtype)[..., None]
     return values.view(n, -1)[:, : weight.in_features]
-
-
-def packed_bytes(n: int, k: int) -> int:
-    """Return the bytes of a weight [n, k] in this format."""
-    return n * groups_of(k) * (BLOCK + 2 * 2)

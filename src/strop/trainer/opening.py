@@ -66,10 +66,11 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
             stack.callback(trackers.close)
             progress.start_at(state.step, config.run.max_steps)
+        tokens = checkpoint.state.get("micro_batch_limit") if checkpoint else None
         session = Session(
             config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, watch, state,
             saved_step=checkpoint.step if checkpoint else -1, started=started,
-            limit=MicroBatchLimit(checkpoint.state.get("micro_batch_limit") if checkpoint else None, note=progress.note),
+            limit=MicroBatchLimit(tokens, note=progress.note),
         )  # fmt: skip
         if watch.canary is not None:
             session.check_canary()

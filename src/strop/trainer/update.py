@@ -113,8 +113,8 @@ def update(
     except torch.OutOfMemoryError as e:
         raise MemoryExhaustedError(
             f"the card has too little memory for the optimizer's own step: {str(e).split('. ')[0]}",
-            hint="optim.name: adamw_8bit needs less; or run.vram_gib: raise it, if something else used the card. What was "
-            "learned up to the last checkpoint is kept",
+            hint="run.vram_gib: raise it, if something else used the card, and go on with --resume from the last "
+            "checkpoint; or start again with optim.name: adamw_8bit, which needs less",
         ) from e
     return StepStats(metrics, stepped=True)
 
