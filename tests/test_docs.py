@@ -204,7 +204,7 @@ def test_named_settings_exist(page: Path) -> None:
 @PAGE
 def test_python_blocks_compile(page: Path) -> None:
     for block in blocks(page, "python"):
-        compile(block, page.name, "exec")
+        assert compile(block, page.name, "exec").co_filename == page.name
 
 
 def test_names_from_trl_are_taken_and_refused_as_the_readme_says() -> None:

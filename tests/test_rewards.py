@@ -264,4 +264,5 @@ def test_a_bad_option_is_an_error_before_anything_is_started(
 
 def test_every_built_in_that_needs_no_option_is_taken_without_one() -> None:
     for name in sorted(set(LIBRARY) - {"regex_answer", "l1_max"}):
-        RewardPool(RewardsConfig(funcs=(name,)), default_funcs=(), max_completion_length=128)
+        pool = RewardPool(RewardsConfig(funcs=(name,)), default_funcs=(), max_completion_length=128)
+        assert pool.names == (name,)

@@ -63,8 +63,9 @@ def main() -> None:
             session.evaluate_before()
             start = time.time()
             while session.state.step < given.steps and time.time() - start < given.seconds:
+                began = time.time()
                 train_step(session)
-                events.write("step", seconds=session.state.seconds)
+                events.write("step", seconds=time.time() - began)
             summary = session.finish()
         rows = read_metrics(out / "metrics.jsonl")
         plan = json.loads((out / "plan.json").read_text())

@@ -62,8 +62,8 @@ class _Product(torch.autograd.Function):
         return products.input_gradient(grad, layer.quantized), None
 
 
-class Int8Embedding(torch.nn.Module):
-    """A frozen input embedding in 8 bits."""
+class _Int8Rows(torch.nn.Module):
+    """Frozen rows in 8 bits."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -73,23 +73,18 @@ class Int8Embedding(torch.nn.Module):
         self.register_buffer("values", weight.values, persistent=False)
         self.register_buffer("scale", weight.scale, persistent=False)
         self.compute_dtype = compute_dtype
+
+
+class Int8Embedding(_Int8Rows):
+    """A frozen input embedding in 8 bits."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] -> [..., H]."""
         return int8.gather(Int8(self.values, self.scale), ids, self.compute_dtype)
 
 
-class Int8Head(torch.nn.Module):
+class Int8Head(_Int8Rows):
     """A frozen output head in 8 bits."""
-
-    values: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, weight: Int8, compute_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("values", weight.values, persistent=False)
-        self.register_buffer("scale", weight.scale, persistent=False)
-        self.compute_dtype = compute_dtype
 
     @property
     def weight(self) -> HeadRows:
