@@ -191,3 +191,13 @@ def test_what_cannot_be_scored_is_unscored_and_never_0(
     else:
         assert all(0 < row["frac_unscored"] < 1 for row in rows)
         assert "cannot read this" in capsys.readouterr().out
+
+
+def test_a_setting_without_set_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["strop", "train", "mine.yaml", "run.max_steps=3"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: `run.max_steps=3` stands alone")
+    assert "hint: --set run.max_steps=3" in said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strop.cli import app
+from strop.cli import main
 
 if __name__ == "__main__":
-    app()
+    main()

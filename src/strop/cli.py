@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,5 +250,10 @@ def _unused(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Entry point of the `strop` command."""
+    """Entry point of the `strop` command. A setting without its `--set` is named; Typer would call it unexpected."""
+    for before, given in itertools.pairwise(sys.argv):
+        if re.fullmatch(r"[a-z]+(\.\w+)+=.*", given) and not before.startswith("--"):
+            print(f"error: `{given}` stands alone; a setting needs `--set` before it", file=sys.stderr)
+            print(f"hint: --set {given}", file=sys.stderr)
+            raise SystemExit(2)
     app()
