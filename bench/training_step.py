@@ -5,7 +5,7 @@ python bench/training_step.py --tune              tilings of the gated product
 python bench/training_step.py --kernels           each Triton function against its plain form
 python bench/training_step.py --check              fused blocks against plain layers and fp32, gradients included
 python bench/training_step.py --model 1.5b --work W1 [--tokens 36000] [--checkpoint 0] [--plain] [--repeat] [--padded]
-python bench/training_step.py --model 1.5b --work W1 --ablate
+python bench/training_step.py --model 1.5b --work W1 --ablate [--json FILE]
 python bench/training_step.py --model 0.5b --work L1 --profile
 
 MFU is  FLOPs / (seconds * 989e12)  with, per token of the layers, 4 * linear weights (forward 2, gradient of the input
@@ -17,12 +17,14 @@ or repeated prompts, is not counted as useful.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from strop.policy import logprobs, lora
 from strop.policy.kernels import torch_ops
 from strop.policy.optim import MasterAdamW
 from strop.policy.policy import Policy
-from strop.trainer.update import update
+from strop.trainer.update import MicroBatchLimit, update
 from strop.types import MicroBatch, Problem, Rollout, Sample, ScoredRollout, Segment
 
 PEAK_FLOPS = 989e12
@@ -72,6 +74,8 @@ class Setup:
     """Every completion as long as the longest."""
     old_logits: bool = False
     """Logits in fp32 tensors, through plain torch."""
+    old_pass: bool = False
+    """A forward pass more before the update, for the log-probabilities of the policy that sampled."""
     rank: int = 16
     layers: int | None = None
     dtype: torch.dtype = torch.bfloat16
@@ -148,8 +152,8 @@ def useful_flops(net: Any, batches: Sequence[MicroBatch], rank: int) -> float:
     return tokens * (4 * linear + 6 * adapters) + 4.0 * trained * c.vocab_size * c.hidden_size + attention
 
 
-def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str = "") -> None:
-    """Print one line: the median time of an update, its spread, memory, tokens per second, MFU."""
+def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str = "") -> dict[str, Any]:
+    """Print one line: the median time of an update, its spread, memory, tokens per second, MFU. Return it as a row."""
     net = net if net is not None else build(setup.model, setup.layers, setup.dtype)
     unwrap(net)
     policy = make_policy(net, setup)
@@ -159,18 +163,19 @@ def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str =
     packing = time.perf_counter() - begin
     useful = useful_flops(net, pack(make_samples(setup.work, net.config.vocab_size, padded=False), 10**9), setup.rank)
     optimizer = MasterAdamW(policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    limit = MicroBatchLimit(note=lambda message: print(f"{label or setup.work}: {message}", flush=True))
     before = logprobs.ops_for
     if setup.old_logits:
         logprobs.ops_for = lambda device: torch_ops  # type: ignore[assignment, return-value]
         policy.logit_rows = 1024
     try:
-        step(policy, optimizer, batches)  # compiles kernels, fills the allocator's cache
+        step(policy, optimizer, batches, setup, limit)  # compiles kernels, fills the allocator's cache
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(repeats):
             begin = time.perf_counter()
-            stats = step(policy, optimizer, batches)
+            stats = step(policy, optimizer, batches, setup, limit)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
     finally:
@@ -186,11 +191,24 @@ def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str =
         f"grad norm {stats.metrics['grad_norm'].value:.4g}",
         flush=True,
     )
+    return {
+        "work": setup.work, "variant": label, "step_s": round(seconds, 4), "step_s_min": round(min(times), 4),
+        "step_s_max": round(max(times), 4), "peak_gib": round(reserved, 2), "allocated_gib": round(allocated, 2),
+        "micro_batch_tokens": setup.tokens, "tokens": tokens, "trained_tokens_per_s": round(tokens / seconds),
+        "mfu": round(useful / seconds / PEAK_FLOPS, 4), "halvings": limit.halvings,
+    }  # fmt: skip
 
 
-def step(policy: Policy, optimizer: MasterAdamW, batches: Sequence[MicroBatch]) -> Any:
+def step(
+    policy: Policy, optimizer: MasterAdamW, batches: Sequence[MicroBatch], setup: Setup,
+    limit: MicroBatchLimit | None = None,
+) -> Any:  # fmt: skip
+    if setup.old_pass:
+        with torch.no_grad():
+            for batch in batches:
+                policy.forward(batch)
     # A rate of 0, so that every variant works on the same weights.
-    return update(policy, optimizer, batches, ObjectiveConfig(), learning_rate=0.0, max_grad_norm=1.0)
+    return update(policy, optimizer, batches, ObjectiveConfig(), learning_rate=0.0, max_grad_norm=1.0, limit=limit)
 
 
 def unwrap(net: Any) -> None:
@@ -201,11 +219,13 @@ def unwrap(net: Any) -> None:
             setattr(net.get_submodule(parent), leaf, module.base)
 
 
-def ablate(setup: Setup) -> None:
+def ablate(setup: Setup, found: Path | None = None) -> None:
+    """Time a step with all ideas and without each of them; rows go to `found` as they are measured."""
     net = build(setup.model, setup.layers, setup.dtype)
     small = max(8_000, setup.tokens // 2)
     variants = {
         "all": setup,
+        "old-policy pass on": replace(setup, old_pass=True),
         "all, micro-batches of 9,000": replace(setup, tokens=9_000),
         "full checkpointing": replace(setup, checkpoint=-1),
         "prompts repeated": replace(setup, repeat=True),
@@ -213,11 +233,19 @@ def ablate(setup: Setup) -> None:
         "plain layers": replace(setup, plain=True, tokens=small),
         "plain, full checkpointing": replace(setup, plain=True, checkpoint=-1),
     }
+    # Where all completions are of one length there is nothing to pad: W5 stands in.
     low, _, high = WORK[setup.work][3]
-    if low < high:
-        variants["padded"] = replace(setup, padded=True)
+    mixed = setup if low < high else replace(setup, work="W5")
+    variants |= {} if mixed is setup else {f"{mixed.work}, all": mixed}
+    variants[f"{mixed.work}, padded"] = replace(mixed, padded=True)
+    rows: list[dict[str, Any]] = []
+
     for name, variant in variants.items():
-        guarded(name, lambda v=variant, n=name: measure(v, net, label=n, repeats=2))
+        error = guarded(name, lambda v=variant, n=name: rows.append(measure(v, net, label=n, repeats=2)))
+        if error:
+            rows.append({"work": variant.work, "variant": name, "failed": error})
+        if found is not None:
+            found.write_text(json.dumps(rows))
 
 
 def profile(setup: Setup) -> None:
@@ -229,11 +257,11 @@ def profile(setup: Setup) -> None:
     policy = make_policy(net, setup)
     batches = pack(make_samples(setup.work, net.config.vocab_size, padded=setup.padded), setup.tokens)
     optimizer = MasterAdamW(policy.trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    step(policy, optimizer, batches)
+    step(policy, optimizer, batches, setup)
     torch.cuda.synchronize()
     with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         begin = time.perf_counter()
-        step(policy, optimizer, batches)
+        step(policy, optimizer, batches, setup)
         torch.cuda.synchronize()
         wall = time.perf_counter() - begin
     kernels: dict[str, list[float]] = {}
@@ -264,7 +292,7 @@ def visit(device: str, seconds: float) -> None:
     """Everything that a short visit to a card is for, the most telling first; nothing new is begun after `seconds`."""
     begin = time.perf_counter()
     small, large = Setup("0.5b", "L1", 60_000), Setup("1.5b", "W1", 36_000)
-    sections: dict[str, Callable[[], None]] = {
+    sections: dict[str, Callable[[], object]] = {
         "kernels": lambda: training_check.kernels(device),
         "check": lambda: training_check.check(device),
         "L1": lambda: measure(small),
@@ -285,16 +313,19 @@ def visit(device: str, seconds: float) -> None:
     print(f"== done after {time.perf_counter() - begin:.0f} s", flush=True)
 
 
-def guarded(name: str, run: Callable[[], None]) -> None:
-    """Run a section; an error is shown and ends that section alone."""
+def guarded(name: str, run: Callable[[], object]) -> str:
+    """Run a section; an error is shown and ends that section alone. Return the error in a line, or nothing."""
+    error = ""
     try:
         run()
     except Exception as e:
-        print(f"{name}: FAILED {type(e).__name__}: {str(e)[:300]}", flush=True)
+        error = f"{type(e).__name__}: {str(e)[:300]}"
+        print(f"{name}: FAILED {error}", flush=True)
         if not isinstance(e, torch.OutOfMemoryError):
             traceback.print_exc()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return error
 
 
 def main() -> None:
@@ -307,6 +338,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     for flag in ("plain", "repeat", "padded", "check", "kernels", "tune", "ablate", "profile"):
         parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --ablate: write its rows there")
     parser.add_argument("--visit", type=float, metavar="SECONDS", help="all sections, none begun after this long")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -326,7 +358,7 @@ def main() -> None:
     if given.tune:
         guarded("tune", training_check.tune)
     if given.ablate:
-        guarded("ablate", lambda: ablate(setup))
+        guarded("ablate", lambda: ablate(setup, given.json))
     if given.profile:
         guarded("profile", lambda: profile(setup))
     if not (given.kernels or given.check or given.tune or given.ablate or given.profile):

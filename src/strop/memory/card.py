@@ -2,19 +2,21 @@
 
 The two take turns, so what has to fit is the larger of their peaks beside what is always there (weights, adapters and
 their optimizer, CUDA's context, the engine's graphs). Where both fit beside each other, the KV cache stays mapped;
-otherwise it is given back for training. Numbers are chosen by what they cost in time, the cheapest first: smaller
-prefill steps, smaller micro-batches down to `FULL_MICRO_BATCH`, checkpointed layers, smaller micro-batches still; and
-for rollouts several waves instead of one.
+otherwise it is given back for training. Numbers are chosen by what they cost in time: of micro-batches and
+checkpointed layers the pair with which a step is shortest (pace.py); for rollouts smaller prefill steps first, then
+several waves instead of one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
 from ..errors import PlanError
+from .pace import Work, training_seconds
 from .shapes import BYTES, GIB, ModelShape
 
 CONTEXT_BYTES = int(0.9 * GIB)
@@ -34,8 +36,10 @@ NF4_PREFILL_BYTES = 144 << 20
 """A prefill step of more than 256 tokens unpacks 4-bit weights in pieces of this size (engine/vllm_nf4.py)."""
 MAX_MICRO_BATCH = 32768
 """Larger micro-batches do not make a card faster."""
-FULL_MICRO_BATCH = 4096
-"""From here on a card is busy with one layer; below it, checkpointing costs less than smaller micro-batches."""
+RELEASE_S = 0.03
+"""Giving the KV cache back and mapping it again, once a step."""
+SHORTER = 0.98
+"""More checkpointed layers have to make a step at least this much shorter, as an estimate can tell no less."""
 FRAGMENTATION = 1.08
 """torch's allocator reserves a little more than training's tensors take."""
 KEPT = "as the run began, so that it goes on bit-equal"
@@ -75,6 +79,8 @@ class CardNeeds:
     shape: ModelShape
     dtype: str
     max_len: int
+    flops: float = 0.0
+    """The card's peak in FLOP/s; 0 where unknown."""
 
     @property
     def fixed(self) -> int:
@@ -159,6 +165,15 @@ class CardNeeds:
         prompts = rollout.num_prompts if self.config.optim.share_prompt else self.completions
         return prompts * prompt + self.completions * rollout.max_completion_length
 
+    @property
+    def work(self) -> Work:
+        """A step at its longest."""
+        rollout, share = self.config.rollout, self.config.optim.share_prompt
+        return Work(
+            rollout.num_prompts, rollout.num_generations, self.config.task.max_prompt_length,
+            rollout.max_completion_length, share,
+        )  # fmt: skip
+
 
 def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNumbers:
     """Derive the numbers for a card. Raises PlanError without a hint; the caller looks for the cheapest change.
@@ -172,20 +187,11 @@ def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNum
     batched, seqs = _rollout(needs, room)
     kv = needs.kv_bytes(seqs)
     release = False
-    training = _training(needs, room - kv)
-    if training is None or training.checkpoint_layers or training.micro_batch_tokens < _wanted(needs):
-        alone = _training(needs, room)
-        if alone is None:
-            tokens = needs.config.optim.micro_batch_tokens or needs.max_len
-            layers = needs.config.optim.checkpoint_layers
-            layers = needs.shape.num_layers if layers is None else min(layers, needs.shape.num_layers)
-            short = needs.training(tokens, layers, LOGIT_ROW_STEP) - room
-            raise PlanError(
-                f"training on {tokens} tokens at a time needs {max(short, 0) / GIB:.1f} GiB more than there is "
-                f"({budget / GIB:.1f} GiB, of which {fixed / GIB:.1f} are weights, optimizer, CUDA and the engine)"
-            )
-        release = training is None or alone != training
-        training = alone
+    beside, alone = _training(needs, room - kv), _training(needs, room)
+    if alone is None:
+        raise _too_little(needs, room, budget)
+    release = beside is None or alone.seconds + RELEASE_S < beside.seconds
+    training = alone if beside is None or release else beside
     return CardNumbers(
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
@@ -197,6 +203,17 @@ def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNum
         fixed_bytes=fixed,
         rollout_bytes=kv + needs.rollout_workspace(seqs, batched),
         training_bytes=training.num_bytes,
+    )
+
+
+def _too_little(needs: CardNeeds, room: int, budget: int) -> PlanError:
+    optim, num_layers = needs.config.optim, needs.shape.num_layers
+    tokens = optim.micro_batch_tokens or needs.max_len
+    layers = num_layers if optim.checkpoint_layers is None else min(optim.checkpoint_layers, num_layers)
+    short = needs.training(tokens, layers, LOGIT_ROW_STEP) - room
+    return PlanError(
+        f"training on {tokens} tokens at a time needs {math.ceil(10 * short / GIB) / 10:.1f} GiB more than there is "
+        f"({budget / GIB:.1f} GiB, of which {needs.fixed / GIB:.1f} are weights, optimizer, CUDA and the engine)"
     )
 
 
@@ -232,32 +249,31 @@ class _Training:
     checkpoint_layers: int
     logit_rows: int
     num_bytes: int
-
-
-def _wanted(needs: CardNeeds) -> int:
-    """Tokens of a micro-batch that is large enough."""
-    return max(needs.max_len, min(needs.step_tokens, FULL_MICRO_BATCH))
+    seconds: float
 
 
 def _training(needs: CardNeeds, room: int) -> _Training | None:
-    """Return micro-batch and checkpointed layers for `room` bytes; None when one sequence does not fit."""
+    """Return the fastest micro-batch and checkpointed layers in `room` bytes; None when one sequence does not fit."""
+    rows = min(LOGIT_BYTES, room // 8) // needs.logits(LOGIT_ROW_STEP) * LOGIT_ROW_STEP
+    return _fastest(needs, room, max(LOGIT_ROW_STEP, rows)) or _fastest(needs, room, LOGIT_ROW_STEP)
+
+
+def _fastest(needs: CardNeeds, room: int, rows: int) -> _Training | None:
     optim, layers = needs.config.optim, needs.shape.num_layers
-    row = needs.logits(1)
-    rows = max(LOGIT_ROW_STEP, min(LOGIT_BYTES, room // 8) // row // LOGIT_ROW_STEP * LOGIT_ROW_STEP)
     most = max(needs.max_len, min(needs.step_tokens, MAX_MICRO_BATCH))
-
-    def fitting(checkpointed: int) -> int:
-        left = room - needs.logits(rows) - needs.unpacked(rows)
-        return int(left / FRAGMENTATION) // needs.bytes_per_token(checkpointed)
-
-    pinned_layers = None if optim.checkpoint_layers is None else min(optim.checkpoint_layers, layers)
-    counts = range(layers + 1) if pinned_layers is None else (pinned_layers,)
-    target = optim.micro_batch_tokens or _wanted(needs)
-    count = next((n for n in counts if fitting(n) >= target), counts[-1])
-    tokens = optim.micro_batch_tokens or min(most, fitting(count))
-    if tokens < needs.max_len or tokens > fitting(count):
-        return None
-    return _Training(tokens, count, rows, needs.training(tokens, count, rows))
+    left = room - needs.logits(rows) - needs.unpacked(rows)
+    pinned = None if optim.checkpoint_layers is None else min(optim.checkpoint_layers, layers)
+    packed = needs.config.model.quantization == "nf4"
+    best: _Training | None = None
+    for count in range(layers + 1) if pinned is None else (pinned,):
+        fitting = int(left / FRAGMENTATION) // needs.bytes_per_token(count)
+        tokens = optim.micro_batch_tokens or min(most, fitting)
+        if not needs.max_len <= tokens <= fitting:
+            continue
+        seconds = training_seconds(needs.shape, needs.flops, needs.work, tokens, count, packed=packed)
+        if best is None or seconds < SHORTER * best.seconds:
+            best = _Training(tokens, count, rows, needs.training(tokens, count, rows), seconds)
+    return best
 
 
 def _kept(needs: CardNeeds, room: int, kept: Mapping[str, Any]) -> CardNumbers | None:

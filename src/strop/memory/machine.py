@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .pace import card_flops
 from .probe import CardProcess, card_uuid, look_at_card
 
 
@@ -24,6 +25,8 @@ class Machine:
     """All memory of a card; 0 where unknown."""
     processes: tuple[CardProcess, ...] = ()
     """Who else holds memory of the card, as far as the driver says."""
+    flops: float = 0.0
+    """A card's peak for 16-bit products in FLOP/s; 0 where unknown."""
 
 
 def detect_machine() -> Machine:
@@ -38,7 +41,8 @@ def detect_machine() -> Machine:
         use = look_at_card(card_uuid())
         free, total = torch.cuda.mem_get_info() if use is None else (use.free_bytes, use.total_bytes)
         others = use.processes if use is not None else ()
-        return Machine("cuda", properties.name, cores, free, torch.cuda.is_bf16_supported(), total, others)
+        bf16, flops = torch.cuda.is_bf16_supported(), card_flops(properties)
+        return Machine("cuda", properties.name, cores, free, bf16, total, others, flops)
     available = min(psutil.virtual_memory().available, _container_memory())
     return Machine("cpu", f"CPU with {cores} cores", cores, available, True)
 

@@ -177,7 +177,7 @@ class _Planning:
         return {"block_size": CPU_BLOCK_SIZE, **{name: getattr(n, name) for name in names}}
 
     def _card(self, dtype: str, max_len: int, budget: int) -> dict[str, Any]:
-        needs = CardNeeds(self.config, self.shape, dtype, max_len)
+        needs = CardNeeds(self.config, self.shape, dtype, max_len, self.machine.flops)
         numbers = plan_card(needs, budget, self.kept)
         for item in card_items(needs, numbers, kept=numbers.max_num_seqs == self.kept.get("max_num_seqs")):
             self.add(*item)
@@ -272,7 +272,7 @@ def _checkpoint_reason(needs: CardNeeds, numbers: CardNumbers, layers: int) -> s
         return _pinned_layers(needs)
     if not numbers.checkpoint_layers:
         return f"all {layers} layers' activations fit"
-    return f"of {layers} layers keep only their input and run again in backward: the rest of the memory is used up"
+    return f"of {layers} layers keep only their input and run again in backward, for micro-batches of this size"
 
 
 def _pinned_layers(needs: CardNeeds) -> str:
