@@ -2,6 +2,8 @@
 
 python bench/rollout_profile.py                      # 0.5B on both runners, 1.5B on the chosen one
 python bench/rollout_profile.py qwen2.5-0.5b v2      # one model and runner, in this process
+python bench/rollout_profile.py qwen2.5-7b v2 nf4    # with packed weights
+python bench/rollout_profile.py qwen2.5-1.5b v2 - kernels   # nothing but the kernels of a step, by time
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PROMPT_TOKENS = 110
 Times = defaultdict[str, float]
 
 
-def build(name: str, runner: str) -> Any:
+def build(name: str, runner: str, quantization: str) -> Any:
     from strop.engine import vllm_compat
     from strop.engine.base import EngineSettings
 
@@ -35,10 +37,14 @@ def build(name: str, runner: str) -> Any:
     settings = EngineSettings(
         str(write_config(name)), "bfloat16", max_model_len=512, max_num_seqs=128, max_num_batched_tokens=8192,
         kv_cache_bytes=4 << 30, block_size=None, seed=0, lora_rank=16, lora_target_modules=TARGETS,
-        runner=runner, release_kv=False, load_format="dummy",
+        runner=runner, release_kv=False, load_format="dummy", quantization=quantization,
     )  # fmt: skip
     engine = VllmEngine(settings, lambda ids: "", device="cuda")
-    print(f"## {name} {runner}: engine ready after {time.perf_counter() - begin:.1f} s", flush=True)
+    print(f"## {name} {runner} {quantization}: engine ready after {time.perf_counter() - begin:.1f} s", flush=True)
+    own = engine._runner
+    if runner == "v2":
+        how = "our kernels" if own._layers is not None else "vLLM's modules"
+        print(f"layers by {how}, apart from vLLM's {own.apart}, said: {own.not_whole}", flush=True)
     attempt("memory", lambda: memory(engine))
     return engine
 
@@ -137,25 +143,26 @@ def graph_only(engine: Any) -> None:
 
 
 def kernels(engine: Any) -> None:
-    """List where the card spends a step of 128 rows, by kernel."""
+    """List where the card spends a step of 64 and of 128 rows, by kernel."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    graph = engine._runner._graphs[128]
-    graph.replay()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(5):
-            graph.replay()
+    for rows in (64, 128):
+        graph = engine._runner._graphs[rows]
+        graph.replay()
         torch.cuda.synchronize()
-    events = sorted(seen.key_averages(), key=lambda e: -e.device_time_total)
-    total = sum(e.device_time_total for e in events)
-    print(f"-- {total / 5000:.3f} ms of kernels a step, {sum(e.count for e in events) // 5} launches")
-    for e in events[:22]:
-        print(
-            f"{e.device_time_total / 5000:7.3f} ms {e.count // 5:4d} x {e.device_time_total / e.count:5.1f} us "
-            f" {e.key[:80]}"
-        )
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(5):
+                graph.replay()
+            torch.cuda.synchronize()
+        events = sorted(seen.key_averages(), key=lambda e: -e.device_time_total)
+        total, count = sum(e.device_time_total for e in events), sum(e.count for e in events)
+        print(f"-- {rows} rows: {total / 5000:.3f} ms of kernels a step, {count // 5} launches", flush=True)
+        for e in events[:22]:
+            print(
+                f"{e.device_time_total / 5000:7.3f} ms {e.count // 5:4d} x {e.device_time_total / e.count:5.1f} us "
+                f" {e.key[:80]}"
+            )
 
 
 def attempt(what: str, call: Callable[[], Any]) -> None:
@@ -165,8 +172,13 @@ def attempt(what: str, call: Callable[[], Any]) -> None:
         print(f"!! {what}: {type(e).__name__}: {e}", flush=True)
 
 
-def one(name: str, runner: str) -> None:
-    engine = build(name, runner)
+def one(name: str, runner: str, quantization: str = "none", only: str = "") -> None:
+    engine = build(name, runner, "none" if quantization == "-" else quantization)
+    if only == "kernels":
+        attempt("graph", lambda: graph_only(engine))
+        attempt("kernels", lambda: kernels(engine))
+        engine.close()
+        return
     scheduler, core, times = engine._scheduler, engine._core, defaultdict[str, float](float)
     timed(scheduler, "schedule", "schedule", times)
     timed(scheduler, "update_from_output", "update", times)
@@ -196,8 +208,8 @@ def one(name: str, runner: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        one(*sys.argv[1:])
+    if len(sys.argv) > 2:
+        one(*sys.argv[1:5])
         return
     for arguments in (("qwen2.5-0.5b", "v2"), ("qwen2.5-0.5b", "v1"), ("qwen2.5-1.5b", "v2")):
         try:

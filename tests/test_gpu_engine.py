@@ -97,8 +97,13 @@ def test_graphs_and_vllms_own_way_draw_the_same_tokens(rig_: Rig) -> None:
         theirs = generate(rig_, requests, max_tokens=40)
     finally:
         scheduler._plain = True
-    same = [a.completion_token_ids == b.completion_token_ids for a, b in zip(ours, theirs, strict=True)]
-    assert sum(same) >= len(same) * 3 // 4
+    tokens = parted = 0
+    for a, b in zip(ours, theirs, strict=True):
+        pairs = list(zip(a.completion_token_ids, b.completion_token_ids, strict=False))
+        common = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+        tokens, parted = tokens + common, parted + (common < len(pairs))
+    # Two draws that lie closer than bf16's rounding may change places; draws with other noise nearly always do.
+    assert parted <= 0.05 * tokens, (parted, tokens)
     for a, b in zip(ours, theirs, strict=True):
         if a.completion_token_ids == b.completion_token_ids:
             assert a.segments[1].logprobs == pytest.approx(b.segments[1].logprobs, abs=0.05)

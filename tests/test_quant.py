@@ -179,8 +179,13 @@ def test_nested_statistics_unfold_as_bitsandbytes_unfolds_them(bnb: Any) -> None
     w = weight(160, 256)
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     tensors = [("a.weight", packed), *((f"a.weight.{k}", v) for k, v in state.as_dict(packed=True).items())]
-    for order in (tensors, tensors[::-1]):
-        ((name, _, ours),) = merged(order)
+    before = torch.get_default_dtype()
+    for order, default in ((tensors, torch.float32), (tensors[::-1], torch.bfloat16)):  # vLLM sets the model's dtype
+        torch.set_default_dtype(default)
+        try:
+            ((name, _, ours),) = merged(order)
+        finally:
+            torch.set_default_dtype(before)
         assert name == "a.weight"
         assert ours is not None
         reference = bnb.dequantize_4bit(packed, state)

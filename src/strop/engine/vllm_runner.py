@@ -4,7 +4,8 @@ vLLM captures the model alone; what surrounds it, some thirty kernels launched f
 with a 0.5B model at 128 sequences on an H100 (4.3 ms a step, 2.9 with the whole step in the graph). The state of all
 requests lies on the card in this runner, so a step in which each request decodes one token depends on nothing from the
 host but which requests take part. Steps of another kind (prompts, or anything vLLM's own scheduler planned) go vLLM's
-way.
+way. Inside a step the layers are those of `vllm_decode.py` where the model is known there, after they were seen to
+compute what vLLM's modules do.
 
 Written against 0.26. Can go when vLLM captures sampling with the model.
 """
@@ -15,6 +16,9 @@ Written against 0.26. Can go when vLLM captures sampling with the model.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +32,24 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOu
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from . import vllm_lora
+from . import vllm_decode, vllm_lora
 from .vllm_kernels import Drawing, prepare
 from .vllm_scheduler import DecodeStep
 
 _RING = 4
 """Pinned buffers in turn: a step is planned while one runs, so that two are in flight at most."""
+_CHECKED_STEPS = 6
+"""Tokens of each request that are decoded both ways at the start; the first alone would hide what attention does."""
+_CHECKED_ROWS = 20
+"""Requests that are decoded both ways: more than one tile of a kernel, and not all of a graph's rows."""
+_CHECKED_LOGITS = 16384
+"""Of each row; all of them would take as much memory as a step."""
+_FULL_CARD = 0.8
+"""Programs per multiprocessor from which on a card is full (FlashAttention 3, `num_splits_heuristic`)."""
+_MOST_APART = (0.05, 0.25)
+"""|difference of logits| / |logits - their mean|, over all rows and in any of them. Seen with a model of two layers in
+the interpreter: 0.007 on average where values are rounded to bf16, 0.14 to 0.75 where the adapter of one part, the
+positions or the heads' norms are left out."""
 
 
 @dataclass(slots=True)
@@ -73,8 +89,12 @@ class RolloutRunner(GPUModelRunner):
         self._under_way: list[str] | None = None
         self._controls = self._results = 0
         """Turns of the rings."""
+        self._layers: vllm_decode.DecodeModel | None = None
+        """What runs the layers in a decode step; None: vLLM's modules."""
+        self.apart: dict[str, tuple[float, float]] = {}
+        """How far its logits were from those of vLLM's modules, as in `_MOST_APART`, by kind of adapter."""
         self.not_whole: str | None = None
-        """Why decode steps are not one graph each."""
+        """Why decode steps are not one graph each, or not with our layers."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as vLLM does, then stack the adapter's factors."""
@@ -99,37 +119,119 @@ class RolloutRunner(GPUModelRunner):
     @torch.inference_mode()
     def capture_model(self) -> int:
         """Capture whole decode steps; where a model needs more than that, vLLM's graphs of the model alone."""
-        if self._one_graph_suffices():
-            before = torch.cuda.mem_get_info()[0]
+        if not self._one_graph_suffices():
+            self.not_whole = "this model's attention needs more than one kind of KV cache, or inputs of its own"
+            return super().capture_model()
+        before = torch.cuda.mem_get_info()[0]
+        reasons: list[str] = []
+        own = self._own_layers(reasons)
+        for layers in (own, None) if own else (None,):
+            self._layers = layers
             try:
+                if layers is not None:
+                    self._compare_with_modules()
                 self._capture()
                 self._compare_with_eager()
-                return before - torch.cuda.mem_get_info()[0]
+                break
             except Exception as e:
                 # What fails here would fail in every step; vLLM's own way is slower and does not depend on it.
-                self.not_whole = f"a decode step as one CUDA graph failed ({type(e).__name__}: {str(e)[:300]})"
+                what = "our layers of a decode step" if layers else "a decode step as one CUDA graph"
+                reasons.append(f"{what} failed ({type(e).__name__}: {str(e)[:300]})")
                 self._graphs.clear()
-        else:
-            self.not_whole = "this model's attention needs more than one kind of KV cache, or inputs of its own"
-        return super().capture_model()
+            gc.collect()
+            torch.cuda.empty_cache()
+        self.not_whole = "; ".join(reasons) or None
+        return before - torch.cuda.mem_get_info()[0] if self._graphs else super().capture_model()
+
+    def _own_layers(self, reasons: list[str]) -> vllm_decode.DecodeModel | None:
+        """Return what runs the layers faster than vLLM's modules; where there is nothing, add why."""
+        try:
+            built = vllm_decode.build(self)
+        except Exception as e:  # vLLM has changed: its modules still run
+            built = f"{type(e).__name__}: {str(e)[:300]}"
+        if not isinstance(built, str):
+            return built
+        reasons.append(f"the layers are vLLM's own modules ({built})")
+        return None
 
     def _capture(self) -> None:
+        self._make_buffers()
+        # Not vLLM's pool: one whose graphs are gone, as after an error here, cannot be captured into again.
+        pool = torch.cuda.graph_pool_handle()
+        sizes = sorted(self.compilation_config.cudagraph_capture_sizes, reverse=True)
+        with graph_capture(device=self.device):
+            for size in sizes:
+                self._decode(size)  # loads kernels, which cannot be done while capturing
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool):
+                    self._decode(size)
+                self._graphs[size] = graph
+
+    def _make_buffers(self) -> None:
+        if self._size_of:
+            return
         device, rows = self.device, self.max_num_reqs
         self._drawing = Drawing(rows, self.vocab_size, device)
         self._control = torch.zeros(1 + rows, dtype=torch.int32, device=device)
         self._control_ring = torch.zeros(_RING, 1 + rows, dtype=torch.int32, pin_memory=True)
         self._result_ring = torch.zeros(_RING, 2, rows, dtype=torch.int32, pin_memory=True)
         self._control[0] = 1  # one request in slot 0, which is nobody's yet: it writes into the null block
-        sizes = sorted(self.compilation_config.cudagraph_capture_sizes, reverse=True)
-        with graph_capture(device=device):
-            for size in sizes:
-                self._decode(size)  # loads kernels, which cannot be done while capturing
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, self.cudagraph_manager.pool):
-                    self._decode(size)
-                self._graphs[size] = graph
-        ascending = sizes[::-1]
+        ascending = sorted(self.compilation_config.cudagraph_capture_sizes)
         self._size_of = [next(s for s in ascending if s >= max(n, 1)) for n in range(rows + 1)]
+
+    def _compare_with_modules(self) -> None:
+        """Decode a few tokens of several requests by our layers and by vLLM's modules; raises where logits differ."""
+        self._make_buffers()
+        rows = min(_CHECKED_ROWS, self.max_num_reqs, self.kv_cache_config.num_blocks - 1)
+        for kind in ("zeros", "random") if self.lora_config else ("zeros",):
+            adapter = vllm_lora.random_adapter(self) if kind == "random" else nullcontext()
+            with adapter, self._pretended(rows):
+                theirs = self._decoded(rows, plain=True)
+                ours = self._decoded(rows, plain=False)
+            sizes = (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6)
+            apart = (ours - theirs).norm(dim=-1) / sizes
+            self.apart[kind] = mean, most = float(apart.mean()), float(apart.max())
+            if not (mean <= _MOST_APART[0] and most <= _MOST_APART[1]):  # NaN too
+                raise RuntimeError(
+                    f"with an adapter of {kind} values logits are {mean:.3f} of their size from those of vLLM's "
+                    f"modules, {most:.3f} at most; {_MOST_APART} are allowed"
+                )
+
+    @contextmanager
+    def _pretended(self, rows: int) -> Iterator[None]:
+        """Let slots 0 to rows - 1 be requests with a block each; afterwards all is as before anybody came."""
+        state, table = self.req_states, self.block_tables.block_tables[0].gpu
+        count = torch.arange(rows, dtype=torch.int32, device=self.device)
+        self._control[0] = rows
+        self._control[1 : 1 + rows] = count
+        table[:rows, 0] = count + 1
+        try:
+            yield
+        finally:
+            self._control.zero_()
+            self._control[0] = 1
+            self._rows = None
+            table[:rows] = 0
+            state.num_computed_tokens.gpu.zero_()
+            state.last_sampled_tokens.zero_()
+            self._forget(rows)
+
+    def _forget(self, rows: int) -> None:
+        """Zero the blocks of the pretended requests."""
+        for cache in self.kv_caches:
+            cache[: rows + 1].zero_()
+
+    def _decoded(self, rows: int, *, plain: bool) -> torch.Tensor:
+        """Return logits [steps, rows, some of V] in fp32 of tokens that depend on step and row, from position 0 on."""
+        state, found = self.req_states, []
+        self._forget(rows)  # or keys and values that are not written would be found where others wrote them
+        for step in range(_CHECKED_STEPS):
+            state.num_computed_tokens.gpu[:rows] = step
+            numbers = torch.arange(rows, device=self.device) * 7919 + step * 104729
+            state.last_sampled_tokens[:rows, 0] = numbers % self.vocab_size
+            logits = self._logits(self._size_of[rows], plain=plain)
+            found.append(logits[:rows, :_CHECKED_LOGITS].float())
+        return torch.stack(found)
 
     def _compare_with_eager(self) -> None:
         """Replay a greedy step and compare its token and log-probability with plain torch; raises where they differ."""
@@ -155,29 +257,48 @@ class RolloutRunner(GPUModelRunner):
     def _decode(self, size: int) -> None:
         self._drawing(self._logits(size), self._control, self)
 
-    def _logits(self, size: int) -> torch.Tensor:
+    def _logits(self, size: int, *, plain: bool = False) -> torch.Tensor:
+        """Return the logits [size, V] of a step of the requests in `_control`; `plain`: by vLLM's modules."""
         prepare(size, self._control, self)
         slots = self.block_tables.slot_mappings[:, :size]
-        metadata = build_attn_metadata(
-            attn_groups=self.attn_groups, num_reqs=size, num_tokens=size,
-            query_start_loc_gpu=self.input_buffers.query_start_loc[: size + 1],
-            query_start_loc_cpu=torch.arange(size + 1, dtype=torch.int32), max_query_len=1,
-            seq_lens=self.input_buffers.seq_lens, max_seq_len=self.max_model_len,
-            block_tables=tuple(table[:size] for table in self.block_tables.input_block_tables), slot_mappings=slots,
-            kv_cache_config=self.kv_cache_config,
-            seq_lens_cpu_upper_bound=torch.full((size,), self.max_model_len, dtype=torch.int32),
-            positions=self.input_buffers.positions[:size], is_prefilling=torch.zeros(size, dtype=torch.bool),
-            for_cudagraph_capture=True,
-        )  # fmt: skip
+        with self._splits(size):
+            metadata = build_attn_metadata(
+                attn_groups=self.attn_groups, num_reqs=size, num_tokens=size,
+                query_start_loc_gpu=self.input_buffers.query_start_loc[: size + 1],
+                query_start_loc_cpu=torch.arange(size + 1, dtype=torch.int32), max_query_len=1,
+                seq_lens=self.input_buffers.seq_lens, max_seq_len=self.max_model_len,
+                block_tables=tuple(t[:size] for t in self.block_tables.input_block_tables), slot_mappings=slots,
+                kv_cache_config=self.kv_cache_config,
+                seq_lens_cpu_upper_bound=torch.full((size,), self.max_model_len, dtype=torch.int32),
+                positions=self.input_buffers.positions[:size], is_prefilling=torch.zeros(size, dtype=torch.bool),
+                for_cudagraph_capture=True,
+            )  # fmt: skip
         with set_forward_context(
             metadata, self.vllm_config, num_tokens=size, cudagraph_runtime_mode=CUDAGraphMode.NONE,
             slot_mapping=build_slot_mappings_by_layer(slots, self.kv_cache_config),
             is_padding=self.input_buffers.is_padding[:size],
         ):  # fmt: skip
-            hidden = self.model(
-                input_ids=self.input_buffers.input_ids[:size], positions=self.input_buffers.positions[:size]
-            )
+            model = self.model if plain or self._layers is None else self._layers
+            hidden = model(input_ids=self.input_buffers.input_ids[:size], positions=self.input_buffers.positions[:size])
         return self.model.compute_logits(hidden)
+
+    @contextmanager
+    def _splits(self, size: int) -> Iterator[None]:
+        """Plan attention without cutting keys into pieces where `size` requests fill the card by themselves.
+
+        vLLM cuts them for every CUDA graph, and a second kernel per layer has to join them. FlashAttention's own rule.
+        """
+        builder = self.attn_groups[0][0].get_metadata_builder(0)
+        programs = size * self.model_config.get_num_kv_heads(self.parallel_config)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        most = getattr(builder, "max_num_splits", 0)
+        if most > 1 and programs >= _FULL_CARD * processors:
+            builder.max_num_splits = 1
+        try:
+            yield
+        finally:
+            if most > 1:
+                builder.max_num_splits = most
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Take in new requests; their seeds and temperatures also go where whole steps read them."""

@@ -67,7 +67,9 @@ def _unpack(parts: dict[str, torch.Tensor], state: dict[str, Any]) -> nf4.Nf4:
             f"{state['quant_type']} in blocks of {state['blocksize']}, nf4 in blocks of {nf4.BLOCK} is needed"
         )
     given = parts[".quant_map"].float().flatten()
-    if given.shape != (len(nf4.CODES),) or (given - torch.tensor(nf4.CODES)).abs().max() > 1e-6:
+    # vLLM reads checkpoints with the model's dtype as the default one.
+    codes = torch.tensor(nf4.CODES, dtype=torch.float32, device=given.device)
+    if given.shape != codes.shape or (given - codes).abs().max() > 1e-6:
         raise ValueError("another code than NF4's")
     rows, columns = state["shape"]
     absmax = parts[".absmax"]
