@@ -1,7 +1,7 @@
 # Needs Python 3.11 to 3.13 with venv and pip; everything else is installed into $(VENV) when it is missing.
 #
 #   make demo                      watch a small model learn           ARGS="--lora" is passed on
-#   make test                      lint, types and all tests           ARGS="-k config" is passed on
+#   make test                      lint, types and all tests           ARGS="-k config" is passed on, "-n 0" too
 #   make test PYTHON=python3.12    with another interpreter
 #   make demo VENV=~/envs/strop    in another environment
 #   STROP_ACCELERATOR=cpu make …   cpu or cuda instead of what the machine has
@@ -24,7 +24,7 @@ demo:
 	$(BIN)/strop demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

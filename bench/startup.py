@@ -3,6 +3,9 @@
 python bench/startup.py                     # a 0.5B model with random weights, built first
 python bench/startup.py recipes/x.yaml      # a recipe of your own; its first step
 python bench/startup.py --imports           # where the time of `import vllm` goes, by package
+
+The first of the two runs compiles every Triton kernel (its cache is a new folder), as on a machine that has never run
+Strop; the second finds them. On a card whose machine was just switched on the first also reads libraries from disk.
 """
 
 from __future__ import annotations
@@ -106,11 +109,28 @@ def watch_imports() -> None:
     builtins.__import__ = load
 
 
+def watch_compiler() -> list[tuple[float, float, str]]:
+    """Return a list that takes (end, seconds, kernel) of each Triton kernel that is compiled."""
+    compiled: list[tuple[float, float, str]] = []
+    try:
+        from triton import knobs
+    except ImportError:
+        return compiled
+
+    def listen(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            compiled.append((time.time(), times.total / 1e6, src.name))
+
+    knobs.compilation.listener = listen
+    return compiled
+
+
 def child(config: str, out: str) -> None:
     import psutil
 
     born = psutil.Process().create_time()
     watch_imports()
+    compiled = watch_compiler()
     from strop.config_load import load_config
     from strop.trainer.loop import train
 
@@ -124,6 +144,9 @@ def child(config: str, out: str) -> None:
     for begin, stop, depth, label in sorted(_lines):
         if stop - begin >= 0.05:
             print(f"{begin - born:7.2f}  {stop - begin:7.2f}  {'  ' * depth}{label}")
+    print(f"{len(compiled)} Triton kernels compiled in {sum(seconds for _, seconds, _ in compiled):.2f} s")
+    for end, seconds, name in compiled:
+        print(f"{end - seconds - born:7.2f}  {seconds:7.2f}    {name}")
 
 
 def make_model(folder: Path) -> None:
@@ -197,10 +220,11 @@ def main() -> None:
             "rollout": {"num_prompts": 16, "num_generations": 8, "max_completion_length": 128},
             "run": {"report_to": "none"},
         }))  # fmt: skip
+    kernels = os.environ | {"TRITON_CACHE_DIR": str(work / "triton")}
     for number in (1, 2):
         print(f"## run {number}", flush=True)
-        subprocess.run([sys.executable, __file__, "--child", str(config), str(work / f"run{number}")], timeout=150,
-                       check=False, env=os.environ)  # fmt: skip
+        subprocess.run([sys.executable, __file__, "--child", str(config), str(work / f"run{number}")], timeout=240,
+                       check=False, env=kernels)  # fmt: skip
 
 
 if __name__ == "__main__":

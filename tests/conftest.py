@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = ("test_end_to_end", "test_resume", "test_command", "test_docs")
+"""Files that take longest; two processes are done at the same time if these are not left to the end."""
+GIB_PER_PROCESS = 3
+"""Twice what was seen: 3 GiB for two processes of tests with their engines and the commands that they start."""
 
 # One thread: a small machine runs its tests beside other work, and results then depend on no scheduler.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -27,8 +31,18 @@ def shared_dir() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA card; torch is imported only if there are any."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Say what `-n auto` is: two processes, or none beside pytest's where cores, memory or a card are not for two."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    has_card = Path("/dev/nvidiactl").exists()  # a plan takes the memory that is free on it
+    return 0 if has_card or (os.cpu_count() or 1) < 2 or memory < 2 * GIB_PER_PROCESS * 2**30 else 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start with the longest files if several processes share them; skip tests marked `gpu` where there is no card."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

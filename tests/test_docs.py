@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from commands import strop_here
 
 from strop.cli import app
 from strop.config import Config
@@ -281,8 +282,9 @@ def test_the_picture_is_drawn_from_the_run_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_files_of_the_readme_train(tmp_path: Path) -> None:
+def test_the_files_of_the_readme_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its data, reward function and config, written down as they stand and run for two steps."""
+    monkeypatch.chdir(tmp_path)
     make_data, reward, library = blocks(ROOT / "README.md", "python")
     (config,) = blocks(ROOT / "README.md", "yaml")
     assert "sums.jsonl" in make_data
@@ -292,11 +294,7 @@ def test_the_files_of_the_readme_train(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(config)
     subprocess.run([sys.executable, "-c", make_data], cwd=tmp_path, check=True)
     settings = ["--set", "run.max_steps=2", "--set", "run.eval_num_problems=4"]
-    result = subprocess.run(
-        [sys.executable, "-m", "strop", "train", "mine.yaml", *settings],
-        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert strop_here("train", "mine.yaml", *settings) == 0
     rows = [json.loads(line) for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
     assert [row["optimizer_steps"] for row in rows] == [1, 1]
     assert all(0.1 < row["rewards/correct/mean"] < 0.8 and row["frac_unscored"] == 0 for row in rows)

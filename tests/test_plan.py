@@ -168,6 +168,16 @@ def test_a_prompt_is_held_once_per_group() -> None:
     assert needs.kv_bytes(32) >= (4 * 2048 + 32 * 512) * token
 
 
+def test_gradients_make_room_for_rollouts() -> None:
+    """7B in 7 GiB decodes all 16 completions at once only because there are no gradients meanwhile."""
+    numbers = plan(ROOMY, model=QWEN_7B, **workload(2, 8, 256, 1024, run__vram_gib=7, **SMALLEST))
+    assert numbers.max_num_seqs == 16
+    shown = {item.name: item.value for item in numbers.items}
+    rank = 16 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    room = 0.97 * 7 - shown["rollout_peak_gib"]
+    assert 0 <= room < 4 * rank / GIB
+
+
 def test_kept_numbers_win_where_they_fit_and_only_there() -> None:
     roomy = plan(Machine("cpu", "CPU", 2, 128 * GIB, True))
     tight = Machine("cpu", "CPU", 2, 40 * GIB, True)

@@ -43,6 +43,9 @@ def config_for(work: Workload, model: str, data: str | None, folder: Path, steps
     common["rewards"] = {"funcs": [f"{HERE / 'synthetic_reward.py'}:by_digest"], "check": False,
                          "length_shaping": "none"}  # fmt: skip
     common["optim"] = {"learning_rate": 1e-5, "warmup_steps": 3}
+    if work.vram_gib < 8 and work.shape == "7b":  # as in recipes/cards, so that all completions decode at once
+        common["model"] |= {"head": "int8", "embedding": "host"}
+        common["optim"]["name"] = "adamw_8bit"
     return common
 
 

@@ -105,6 +105,12 @@ class CardNeeds:
         return int(self.shape.num_parameters * (masters + BYTES[self.dtype] + moments))
 
     @property
+    def gradients(self) -> int:
+        """Part of `trained`; there are none while completions are generated."""
+        rank = self.config.lora.r
+        return self.shape.lora_parameters(rank) * 4 if rank else self.shape.num_parameters * BYTES[self.dtype]
+
+    @property
     def reference(self) -> int:
         """A frozen copy, for full fine-tuning with a KL term."""
         return self.weights if self.config.objective.beta > 0 and not self.config.lora.r else 0
@@ -127,6 +133,10 @@ class CardNeeds:
         groups = min(rollout.num_prompts, -(-seqs // rollout.num_generations) + 1)
         blocks = groups * prompt_blocks + seqs * own_blocks + 2  # vLLM's null block, and one against rounding
         return blocks * KV_BLOCK * self.shape.kv_bytes_per_token(self.dtype)
+
+    def rollout(self, seqs: int, batched: int, kv: int) -> int:
+        """Peak of a rollout beside `fixed`: its KV cache and workspace, in the place of gradients."""
+        return kv + self.rollout_workspace(seqs, batched) - self.gradients
 
     def rollout_workspace(self, seqs: int, batched: int) -> int:
         """A prefill step's activations in one layer, and the logits of a decode step with the sampler's copy."""
@@ -201,7 +211,7 @@ def plan_card(needs: CardNeeds, budget: int, kept: Mapping[str, Any]) -> CardNum
         checkpoint_layers=training.checkpoint_layers,
         logit_rows=training.logit_rows,
         fixed_bytes=fixed,
-        rollout_bytes=kv + needs.rollout_workspace(seqs, batched),
+        rollout_bytes=needs.rollout(seqs, batched, kv),
         training_bytes=training.num_bytes,
     )
 
@@ -222,11 +232,11 @@ def _rollout(needs: CardNeeds, room: int) -> tuple[int, int]:
     wanted = needs.wanted_seqs
     best = (0, 0)
     for batched in PREFILL_TOKENS:
-        seqs = _most(wanted, lambda n, b=batched: needs.kv_bytes(n) + needs.rollout_workspace(n, max(b, n)) <= room)
+        seqs = _most(wanted, lambda n, b=batched: needs.rollout(n, max(b, n), needs.kv_bytes(n)) <= room)
         if seqs > best[1]:
             best = (max(batched, seqs), seqs)
     if not best[1]:
-        least = needs.kv_bytes(1) + needs.rollout_workspace(1, PREFILL_TOKENS[-1])
+        least = needs.rollout(1, PREFILL_TOKENS[-1], needs.kv_bytes(1))
         raise PlanError(
             f"generating one sequence of {needs.max_len} tokens needs {(least - room) / GIB:.1f} GiB more than there is"
         )
@@ -291,8 +301,9 @@ def _kept(needs: CardNeeds, room: int, kept: Mapping[str, Any]) -> CardNumbers |
     numbers = CardNumbers(
         **values,
         fixed_bytes=needs.fixed,
-        rollout_bytes=kept["kv_cache_bytes"]
-        + needs.rollout_workspace(kept["max_num_seqs"], kept["max_num_batched_tokens"]),
+        rollout_bytes=needs.rollout(
+            kept["max_num_seqs"], kept["max_num_batched_tokens"], kept["kv_cache_bytes"]
+        ),
         training_bytes=needs.training(values["micro_batch_tokens"], values["checkpoint_layers"], kept["logit_rows"]),
     )  # fmt: skip
     fits = numbers.peak_bytes <= needs.fixed + room and numbers.micro_batch_tokens >= needs.max_len

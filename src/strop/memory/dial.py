@@ -16,6 +16,8 @@ SETTLING_PHASES = 6
 """Phases during which bytes beside torch are measured again: kernels are loaded when they are first used."""
 UNSETTLED_BYTES = 160 << 20
 """Kept free meanwhile for what is not loaded yet: one run on an H100 went 0.16 GiB over its dial without it."""
+LATE_BYTES = 64 << 20
+"""Kept free afterwards, for what is loaded later still: a 7B model under 7.0 GiB peaked at 7.01 without it."""
 
 
 class VramDial:
@@ -42,7 +44,7 @@ class VramDial:
         if self._phases < SETTLING_PHASES:
             self._phases += 1
             self._beside = max(self._beside, self._held(released) - (torch.cuda.memory_reserved() - released))
-        unsettled = UNSETTLED_BYTES if self._phases < SETTLING_PHASES else 0
+        unsettled = UNSETTLED_BYTES if self._phases < SETTLING_PHASES else LATE_BYTES
         allowed = min(self._total, max(0, self._cap - self._beside - unsettled) + released)
         torch.cuda.set_per_process_memory_fraction(allowed / self._total)
 
