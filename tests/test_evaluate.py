@@ -218,6 +218,10 @@ def test_evaluations_in_between_are_in_the_metrics(tmp_path: Path) -> None:
     assert [row.get("eval_pass@1") for row in rows] == [None, 0.25, None, 0.25, None]
     assert [row.get("eval_pass@3") for row in rows] == [None, 0.25, None, 0.25, None]
     assert summary["eval_after"]["pass@1"] == 0.25
+    for row in rows:  # a step's time is what training took
+        parts = [v or 0.0 for k, v in row.items() if k.startswith("time/") and k != "time/evaluate_s"]
+        assert row["step_time"] == pytest.approx(sum(parts))
+        assert ((row.get("time/evaluate_s") or 0.0) > 0) == (row["step"] in (1, 3)), row["step"]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -182,7 +182,7 @@ class Session:
             "tokens/generated_per_s": generated / generating if generating else math.nan,
             "tokens/trained_per_s": trained / training if training else math.nan,
             "memory/peak_gib": _peak_gib(self.parts.plan.device),
-            "step_time": total,
+            "step_time": total - times.get("evaluate", 0.0),
         }
 
     @property
