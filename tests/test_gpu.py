@@ -134,3 +134,39 @@ def test_the_demo_runs_on_the_card(flag: list[str], tmp_path: Path) -> None:
     assert all(row["optimizer_steps"] == 1 for row in rows)
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 0.02
     assert (out / "checkpoint-3" / "manifest.json").is_file()
+
+
+def test_two_runs_in_one_process_and_a_failed_start_between_them(tmp_path: Path) -> None:
+    """The first engine's memory is free again, and what failed leaves nothing behind."""
+    code = """
+import sys
+from pathlib import Path
+import torch, yaml
+from strop import train
+from strop.errors import StropError
+
+config = yaml.safe_load(Path(sys.argv[1]).read_text())
+config.setdefault("run", {}).update(max_steps=2, save_steps=100, eval_num_problems=0, vram_gib=5, report_to="none")
+out = Path(sys.argv[2])
+free = []
+for name in ("first", "second"):
+    train(config, out=out / name)
+    torch.cuda.empty_cache()
+    free.append(torch.cuda.mem_get_info()[0])
+    try:
+        train(config | {"model": config.get("model", {}) | {"path": str(out / "nothing")}}, out=out / "failed")
+    except StropError:
+        pass
+print("free", *free)
+assert free[0] - free[1] < 256 << 20, free
+"""
+    recipe = Path(__file__).parent.parent / "recipes" / "demo-lora.yaml"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(recipe), str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("first", "second"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["optimizer_steps"] for row in rows] == [1, 1]
+        assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 0.02
