@@ -121,7 +121,7 @@ class Progress:
             self._step_started = self._clock()
 
     def phase(self, name: str, *, total: int | None = None) -> _Phase:
-        """Enter a phase (generate, score, train, publish, evaluate, checkpoint) that finishes `total` things.
+        """Enter a phase (start, load, generate, score, train, publish, evaluate, checkpoint) of `total` things.
 
         A plain call replaces the current phase; as a context manager it ends with the block, and the phase around it
         goes on.

@@ -50,7 +50,8 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, verdicts, progress.note))
             if checkpoint is None:
                 check_before_training(prepared, progress.note, progress.say)
-            parts = stack.enter_context(build(prepared, pool, progress.note))
+            with progress.phase("load"):
+                parts = stack.enter_context(build(prepared, pool, progress.note))
             optimizer = make_optimizer(parts.policy.trainable, config.optim)
             state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
             pool.wait_ready()
