@@ -197,6 +197,59 @@ with torch.no_grad():
 real = [row for row in range(ROWS) if row != PADDING]
 gap = (torch.stack(logits, 1)[real][..., : want.shape[-1]] - want[real]).abs().max()
 assert gap < 1e-3 < 0.1 * want.abs().max(), gap
+
+def modules_attend(inner):
+    def forward(q, k, v):
+        step = context.attn_metadata[""]
+        cache, size = inner.kv_cache, inner.head_size
+        for row in real:
+            cache[row, :, step, :size] = k[row].view(-1, size)
+            cache[row, :, step, size:] = v[row].view(-1, size)
+        out = torch.empty(len(q), inner.num_heads, size)
+        inner.impl.forward(inner, q.view(len(q), -1, size), None, None, cache, step, out)
+        return out.view(len(q), -1)
+    inner.forward = forward
+
+def apart():
+    global context
+    found = []
+    for layer in decoder._layers:
+        layer.attention.kv_cache.zero_()
+    with torch.inference_mode():
+        for step in range(STEPS):
+            slots = 16 * torch.arange(ROWS) + step
+            slots[PADDING] = -1
+            context = SimpleNamespace(slot_mapping=defaultdict(lambda: slots), attn_metadata=defaultdict(lambda: step))
+            found.append(decoder.apart(model.model, ids[:, step].int(), torch.full((ROWS,), step))[:, real])
+    return torch.stack(found).mean(dim=(0, 2))
+
+for layer in decoder._layers:
+    modules_attend(layer.attention)
+by_layer = apart()
+print("right", by_layer)
+assert by_layer.max() < 1e-4, by_layer
+
+silu, rope, norm = vllm_decode.add_silu_mul, vllm_decode.add_rope_cache, vllm_decode.add_norm
+second = {id(decoder._layers[1].gate_up.factors)}
+def without_adapter_in_the_second(product, width):
+    there = product.b_t is decoder._layers[1].gate_up.factors.b_t
+    return silu(product._replace(low=None) if there else product, width)
+wrong = {
+    "an adapter in one layer": {"add_silu_mul": without_adapter_in_the_second},
+    "positions": {"add_rope_cache": lambda p, h, r, at, s, c: rope(p, h, r, at * 0, s, c)},
+    "head norms": {"add_rope_cache": lambda p, h, r, at, s, c: rope(p, h, r._replace(q_norm=None), at, s, c)},
+    "the cache": {"add_rope_cache": lambda p, h, r, at, s, c: rope(p, h, r, at, s * 0 - 1, c)},
+    "a norm's weight": {"add_norm": lambda p, x, w, e: norm(p, x, torch.ones_like(w), e)},
+}
+for name, changes in wrong.items():
+    for key, value in changes.items():
+        setattr(vllm_decode, key, value)
+    by_layer = apart()
+    vllm_decode.add_silu_mul, vllm_decode.add_rope_cache, vllm_decode.add_norm = silu, rope, norm
+    print(name, by_layer)
+    assert by_layer.max() > 0.05, (name, by_layer)
+    if name.startswith("an adapter"):
+        assert by_layer[0] < 1e-4, by_layer
 """
 
 

@@ -119,6 +119,18 @@ def test_the_kernels_compute_what_torch_computes(name: str) -> None:
     check_kernel(name, "cuda")
 
 
+def decoded(runner: Any, rows: int, *, plain: bool) -> torch.Tensor:
+    """Return logits [steps, rows, V] in fp32 of tokens that depend on step and row, from position 0 on."""
+    found = []
+    runner._forget(rows)
+    for step in range(6):
+        runner.req_states.num_computed_tokens.gpu[:rows] = step
+        numbers = torch.arange(rows, device="cuda") * 7919 + step * 104729
+        runner.req_states.last_sampled_tokens[:rows, 0] = numbers % runner.vocab_size
+        found.append(runner._logits(runner._size_of[rows], plain=plain)[:rows].float())
+    return torch.stack(found)
+
+
 def distances(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return (ours - theirs).norm(dim=-1) / (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1)
 
@@ -134,7 +146,7 @@ def test_logits_are_those_of_vllms_modules_and_of_the_trainer(case: Case) -> Non
         nudge(built)
         built.weights.publish()
     with torch.inference_mode(), runner._pretended(50):
-        gaps = distances(runner._decoded(50, plain=False), runner._decoded(50, plain=True))
+        gaps = distances(decoded(runner, 50, plain=False), decoded(runner, 50, plain=True))
     built.engine.reset_prefix_cache()
     print(f"{case.name}: trained adapter, mean {gaps.mean():.4f}, max {gaps.max():.4f}")
     assert gaps.mean() < 0.03

@@ -147,6 +147,33 @@ class DecodeModel:
             x = layer(x, residual, positions, following)
         return x
 
+    def apart(self, decoder: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return how far our layers are from the modules of vLLM's `decoder` on the same inputs, [layers, T] in fp32.
+
+        Each layer gets what vLLM's modules made of the layers before it, so that rounding does not add up with depth
+        and one wrong layer shows. Of a row it is |difference of the residuals, beyond a rounding| / |what the layer
+        adds|, or |difference of the next norm's outputs| / |its output| where that is more. Ours run first: what they
+        fail to write into the KV cache is not there yet. To be called as `__call__` is.
+        """
+        eps = torch.finfo(self._norms[0].weight.dtype).eps
+        modules = list(decoder.layers)
+        found = []
+        hidden, residual = self._embed(input_ids), None
+        for i, (module, layer) in enumerate(zip(modules, self._layers, strict=True)):
+            before = hidden.clone() if residual is None else hidden + residual
+            ours, following = before.clone(), self._norms[i + 1]
+            ours_normed = layer(self._norms[i](None, ours), ours, positions, following)
+            hidden, residual = module(positions, hidden, residual)
+            theirs = hidden + residual
+            norm = modules[i + 1].input_layernorm if i + 1 < len(modules) else decoder.norm
+            theirs_normed = norm(theirs.clone()).float()
+            wide = theirs.float()
+            beyond = ((ours.float() - wide).abs() - eps * wide.abs()).clamp(min=0.0)
+            added = (wide - before.float()).norm(dim=-1).clamp(min=1e-6)
+            normed = (ours_normed.float() - theirs_normed).norm(dim=-1) / theirs_normed.norm(dim=-1).clamp(min=1e-6)
+            found.append(torch.maximum(beyond.norm(dim=-1) / added, normed))
+        return torch.stack(found)
+
 
 def build(runner: Any) -> DecodeModel | str:
     """Return the model of vLLM's second runner as a DecodeModel, or why it cannot be one.
@@ -161,6 +188,9 @@ def build(runner: Any) -> DecodeModel | str:
         decoder = model.model
         _runs(decoder, _DECODERS)
         embed = decoder.embed_tokens
+        # A model may scale them on the way; layers compared one by one would not show it.
+        embeds = any(type(decoder).embed_input_ids is c.embed_input_ids for c in _DECODERS)
+        _expect(embeds, f"a {type(decoder).__name__} embeds tokens in a way that is not known here")
         _expect(type(embed) is VocabParallelEmbedding and embed.tp_size == 1, "the input embedding is not a plain one")
         layers = list(decoder.layers)
         norms = [_norm(n, dtype) for n in (*(layer.input_layernorm for layer in layers), decoder.norm)]
