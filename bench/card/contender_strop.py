@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -30,7 +31,7 @@ def config_for(work: Workload, model: str, data: str | None, folder: Path, steps
     if work.shape is None:
         common["task"] = {"name": "gsm8k", "path": data, "max_prompt_length": 400, "eval_size": 1319,
                           "system_prompt": SYSTEM}  # fmt: skip
-        common["rewards"] = {"funcs": [f"{HERE / 'contender.py'}:boxed_number"]}
+        common["rewards"] = {"funcs": [f"{HERE / 'contender.py'}:boxed_number"], "length_shaping": "none"}
         common["objective"] = {"loss_type": "dapo", "epsilon_high": 0.28, "mask_truncated_completions": True}
         common["optim"] = {"learning_rate": 5e-5, "warmup_steps": 3}
         common["run"] |= {"eval_num_problems": 1319, "eval_num_generations": 1, "eval_temperature": 0.0}
@@ -49,6 +50,17 @@ def config_for(work: Workload, model: str, data: str | None, folder: Path, steps
     return common
 
 
+def sampled_accuracy(session: Any) -> float | None:
+    """Return accuracy on the held-out rows with one completion each at temperature 1."""
+    from strop.trainer.evaluate import evaluate
+
+    config = session.config
+    run = config.run.model_copy(update={"eval_temperature": 1.0, "eval_num_generations": 1})
+    parts = dataclasses.replace(session.parts, config=config.model_copy(update={"run": run}))
+    found = evaluate(parts)
+    return None if found is None else found.pass_at_1
+
+
 def main() -> None:
     quiet_environment()
     given = arguments(__doc__ or "")
@@ -64,14 +76,20 @@ def main() -> None:
         with open_session(load_config(mapping), out, resume=False) as session:
             events.write("ready")
             session.evaluate_before()
+            before = sampled_accuracy(session) if work.shape is None else None
+            session.start_clock()
             start = time.time()
             while session.state.step < given.steps and time.time() - start < given.seconds:
                 began = time.time()
                 train_step(session)
                 events.write("step", seconds=time.time() - began)
+            after = sampled_accuracy(session) if work.shape is None else None
             summary = session.finish()
         rows = read_metrics(out / "metrics.jsonl")
         plan = json.loads((out / "plan.json").read_text())
+    if work.shape is None:
+        for when, sampled in (("before", before), ("after", after)):
+            events.write("held_out", when=when, greedy=summary[f"eval_{when}"]["pass@1"], sampled=sampled)
     events.write("metrics", rows=rows, summary=summary, plan={k: v["value"] for k, v in plan.items()})
 
 
