@@ -230,7 +230,6 @@ print("right", by_layer)
 assert by_layer.max() < 1e-4, by_layer
 
 silu, rope, norm = vllm_decode.add_silu_mul, vllm_decode.add_rope_cache, vllm_decode.add_norm
-second = {id(decoder._layers[1].gate_up.factors)}
 def without_adapter_in_the_second(product, width):
     there = product.b_t is decoder._layers[1].gate_up.factors.b_t
     return silu(product._replace(low=None) if there else product, width)

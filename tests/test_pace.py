@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from records import random_samples
 from test_plan import NF4, QWEN_0_5B, QWEN_1_5B, QWEN_7B, plan, workload
 
 from strop.errors import PlanError
 from strop.memory.machine import Machine
 from strop.memory.pace import LAUNCH_S, Work, card_flops, training_seconds
 from strop.memory.shapes import GIB, ModelShape
+from strop.objective.packing import pack
 
 GSM8K = workload(16, 8, 400, 400, run__vram_gib=7)
 
@@ -32,14 +34,26 @@ def test_a_cards_peak_is_its_data_sheets(
     assert card_flops(seen) / 1e12 == pytest.approx(teraflops, rel=0.02)
 
 
-def test_work_is_cut_as_the_packing_cuts_it() -> None:
+def test_work_is_cut_about_as_the_packing_cuts_it() -> None:
+    """Long prompts, groups that fit together or are cut in two, single completions; a larger budget is no worse."""
     work = Work(groups=3, generations=4, prompt=10, completion=100, share_prompt=True)
     assert work.cut(5_000) == (1, 3 * (10 + 400))
     assert work.cut(411) == (3, 3 * (10 + 400))
     assert work.cut(211) == (6, 12 * 100 + 6 * 10)
     assert work.cut(110) == (12, 12 * 110)
-    repeated = Work(groups=3, generations=4, prompt=10, completion=100, share_prompt=False)
-    assert repeated.cut(335) == (4, 12 * 110)
+    for groups, each, prompt, completion in ((3, 4, 10, 20), (8, 2, 90, 6), (6, 7, 3, 5), (4, 3, 30, 1)):
+        # A completion's last token passes no layer.
+        samples = random_samples(0, vocab=99, prompts=[prompt] * groups, lengths=[[completion + 1] * each] * groups)
+        whole = groups * (prompt + each * completion)
+        for share in (True, False):
+            work, before = Work(groups, each, prompt, completion, share), (10**6, 10**6)
+            for budget in range(prompt + completion, whole + 9, 3):
+                batches, found = pack(samples, budget, share_prompt=share), work.cut(budget)
+                assert found[0] <= len(batches) <= 2 * found[0], (work, budget)
+                assert found[1] <= sum(b.num_tokens for b in batches) <= 1.5 * found[1], (work, budget)
+                assert found[0] <= before[0], (work, budget)
+                assert found[1] <= before[1], (work, budget)
+                before = found
 
 
 def test_a_layer_takes_the_longer_of_launching_and_computing() -> None:

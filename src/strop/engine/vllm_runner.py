@@ -189,9 +189,10 @@ class RolloutRunner(GPUModelRunner):
             worst = int(by_layer.nan_to_num(nan=math.inf).argmax())
             self.apart[kind] = mean, most = float(by_layer[worst]), float(apart.max())
             if not (mean <= _MOST_APART[0] and most <= _MOST_APART[1]):  # NaN too
+                how = "with an adapter of random values" if kind == "random" else "without an adapter's part"
                 raise RuntimeError(
-                    f"with an adapter of {kind} values layer {worst} is {mean:.3f} of what it adds from vLLM's module, "
-                    f"a row of one layer {most:.3f} at most; {_MOST_APART} are allowed"
+                    f"{how}, layer {worst} differs from vLLM's module by {mean:.3f} of what it adds, a row of a layer "
+                    f"by {most:.3f}; {_MOST_APART[0]:g} and {_MOST_APART[1]:g} are allowed"
                 )
 
     @contextmanager

@@ -222,9 +222,14 @@ def _too_little(needs: CardNeeds, room: int, budget: int) -> PlanError:
     layers = num_layers if optim.checkpoint_layers is None else min(optim.checkpoint_layers, num_layers)
     short = needs.training(tokens, layers, LOGIT_ROW_STEP) - room
     return PlanError(
-        f"training on {tokens} tokens at a time needs {math.ceil(10 * short / GIB) / 10:.1f} GiB more than there is "
+        f"training on {tokens} tokens at a time needs {_tenths(short)} GiB more than there is "
         f"({budget / GIB:.1f} GiB, of which {needs.fixed / GIB:.1f} are weights, optimizer, CUDA and the engine)"
     )
+
+
+def _tenths(num_bytes: int) -> str:
+    """Return GiB with one decimal, rounded up: what is missing is never 0.0."""
+    return f"{max(1, math.ceil(10 * num_bytes / GIB)) / 10:.1f}"
 
 
 def _rollout(needs: CardNeeds, room: int) -> tuple[int, int]:
@@ -238,7 +243,7 @@ def _rollout(needs: CardNeeds, room: int) -> tuple[int, int]:
     if not best[1]:
         least = needs.rollout(1, PREFILL_TOKENS[-1], needs.kv_bytes(1))
         raise PlanError(
-            f"generating one sequence of {needs.max_len} tokens needs {(least - room) / GIB:.1f} GiB more than there is"
+            f"generating one sequence of {needs.max_len} tokens needs {_tenths(least - room)} GiB more than there is"
         )
     waves = -(-wanted // best[1])
     return best[0], -(-wanted // waves)  # waves of equal size

@@ -46,15 +46,18 @@ class Work:
     share_prompt: bool
 
     def cut(self, micro_batch: int) -> tuple[int, int]:
-        """Return (micro-batches, packed tokens of all); a prompt is read again in each micro-batch with its group."""
-        completions = self.groups * self.generations
+        """Return (micro-batches, packed tokens of all) at full length: no more of either than packing makes.
+
+        A prompt is read again in each micro-batch that its group reaches into. Never more of either in a larger
+        micro-batch, where packing itself now cuts a group in two and now does not.
+        """
+        completions, each = self.groups * self.generations, self.prompt + self.completion
         if not self.share_prompt:
-            each = self.prompt + self.completion
             return math.ceil(completions / max(1, micro_batch // each)), completions * each
         fits = max(1, (micro_batch - self.prompt) // self.completion)
-        per = fits // self.generations * self.generations or fits  # whole groups, where they fit
-        count = math.ceil(completions / per)
-        return count, completions * self.completion + max(count, self.groups) * self.prompt
+        own = completions * self.completion
+        count = max(math.ceil(completions / fits), math.ceil((own + self.groups * self.prompt) / micro_batch))
+        return count, own + max(count, self.groups) * self.prompt
 
 
 def training_seconds(
