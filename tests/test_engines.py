@@ -12,6 +12,7 @@ from records import sample, scored
 
 from strop.errors import EngineError, MemoryExhaustedError, ModelError
 from strop.objective.packing import pack
+from strop.memory.shapes import ModelShape
 from strop.seeding import rollout_requests
 from strop.types import Problem, Request, Rollout, Sample, Sampling
 from strop.weights import alias_parameters
@@ -358,3 +359,11 @@ def test_plain_steps_give_what_vllms_own_scheduler_gives(vllm_rig: Rig) -> None:
     assert [(r.segments, r.finish_reason, r.num_cached_tokens) for r in ours] == [
         (r.segments, r.finish_reason, r.num_cached_tokens) for r in theirs
     ]
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_the_plan_counts_the_engines_adapter(rank: int) -> None:
+    built = rig("vllm", rank=rank)
+    modules = built.engine._runner.lora_manager._adapter_manager.modules.values()  # type: ignore[attr-defined]
+    held = sum(m.strop_factors.a.numel() + m.strop_factors.b_t.numel() for m in modules)
+    assert held == ModelShape.from_config(built.source.config).engine_lora_values(rank)

@@ -49,6 +49,7 @@ CASES = [
     Case("llama", dtype=torch.float16),
     Case("llama", rank=128),
     Case("qwen2"),
+    Case("qwen2-biased"),
     Case("qwen2", rank=0),
     Case("qwen2", targets=("q_proj", "v_proj", "down_proj")),
     Case("qwen3"),
@@ -72,6 +73,7 @@ def model_folder(kind: str) -> Path:
     make, more = {
         "llama": (LlamaConfig, {"head_dim": 64, "rope_scaling": scaled}),
         "qwen2": (Qwen2Config, {}),
+        "qwen2-biased": (Qwen2Config, {}),
         "qwen3": (Qwen3Config, {"head_dim": 128}),
     }[kind]
     config = make(
@@ -84,6 +86,10 @@ def model_folder(kind: str) -> Path:
     with torch.no_grad():
         for p in model.parameters():  # distributions that are not flat, and biases that are not zero
             p.add_(0.05 * torch.randn_like(p))
+        if kind == "qwen2-biased":  # as in Qwen2.5-0.5B, whose biases of k reach 200
+            for name, p in model.named_parameters():
+                if name.endswith("k_proj.bias"):
+                    p[::3] = 100.0 * torch.randn_like(p[::3])
     folder = Path(tempfile.mkdtemp(prefix=f"strop-{kind}-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -31,6 +31,15 @@ REWARD_KEYWORDS = (
 REWARD_FORMS = ("verl", "openrlhf", "swift", "verifiers")
 """What may stand before an entry of `rewards.funcs`, as in `verl:path.py:compute_score`: whose convention it is."""
 
+ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM allows for max_lora_rank."""
+
+
+def allowed_rank(rank: int) -> int:
+    """Return the smallest rank that vLLM allows and that holds `rank`; its buffers have all of it."""
+    return next(r for r in ENGINE_RANKS if r >= rank)
+
+
 FinishReason = Literal["stop", "length"]
 SegmentKind = Literal["prompt", "sampled", "environment"]
 

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..types import allowed_rank
 from .base import EngineSettings
-
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM allows for max_lora_rank; its kernels run over all of it, so the smallest that fits is taken."""
-
-
-def allowed_rank(rank: int) -> int:
-    """Return the smallest rank that vLLM allows and that holds `rank`."""
-    return next(r for r in _RANKS if r >= rank)
 
 
 def engine_args(settings: EngineSettings, device: str) -> dict[str, Any]:

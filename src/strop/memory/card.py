@@ -100,7 +100,8 @@ class CardNeeds:
         optim = self.config.optim
         moments = ADAMW_8BIT_BYTES if optim.name == "adamw_8bit" else 8
         if self.config.lora.r:
-            return int(self.shape.lora_parameters(self.config.lora.r) * (4 + 4 + moments + 3 * BYTES[self.dtype]))
+            trainer = self.shape.lora_parameters(self.config.lora.r) * (4 + 4 + moments + 2 * BYTES[self.dtype])
+            return int(trainer + self.shape.engine_lora_values(self.config.lora.r) * BYTES[self.dtype])
         masters = 0 if self.dtype == "float32" else {"fp32": 4, "kahan": 2}[optim.master]
         return int(self.shape.num_parameters * (masters + BYTES[self.dtype] + moments))
 

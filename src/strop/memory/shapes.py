@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..types import allowed_rank
+
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FUSED_MODELS = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma3_text"})
@@ -72,6 +74,16 @@ class ModelShape:
         pairs = [(self.hidden_size, q), (self.hidden_size, kv), (self.hidden_size, kv), (q, self.hidden_size)]
         pairs += [(self.hidden_size, self.intermediate_size)] * 2 + [(self.intermediate_size, self.hidden_size)]
         return self.num_layers * rank * sum(i + o for i, o in pairs)
+
+    def engine_lora_values(self, rank: int) -> int:
+        """Values of the engine's adapter as it is multiplied (engine/vllm_lora.py), at the rank that vLLM allows.
+
+        A of all parts of a fused layer stacked, and B block-diagonal over them: q, k, v; o; gate, up; down.
+        """
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        fused = ((hidden, 3, q + 2 * kv), (q, 1, hidden), (hidden, 2, 2 * inner), (inner, 1, hidden))
+        return self.num_layers * allowed_rank(rank) * sum(parts * (ins + outs) for ins, parts, outs in fused)
 
     def weight_bytes(self, dtype: str, quantization: str = "none", head: str = "16bit", embedding: str = "card") -> int:
         """All weights as they lie on the device, by the settings of section `model`.
