@@ -11,8 +11,8 @@ from engines import Rig, rig
 from records import sample, scored
 
 from strop.errors import EngineError, MemoryExhaustedError, ModelError
-from strop.objective.packing import pack
 from strop.memory.shapes import ModelShape
+from strop.objective.packing import pack
 from strop.seeding import rollout_requests
 from strop.types import Problem, Request, Rollout, Sample, Sampling
 from strop.weights import alias_parameters

@@ -50,8 +50,7 @@ class PeakMemory(threading.Thread):
         super().__init__(daemon=True)
         import pynvml
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(card_index())
+        handle = card_handle()
         # Version 2 reports what nvidia-smi shows; version 1 adds what the driver itself reserves.
         self._used = lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used
         self.peak, self._done = 0, threading.Event()
@@ -243,17 +242,21 @@ def _model_for(work: Workload, given: argparse.Namespace) -> str:
     return str(folder)
 
 
-def card_index() -> int:
-    """Return NVML's index of the card that CUDA calls 0; NVML does not know CUDA_VISIBLE_DEVICES."""
-    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or 0)
+def card_handle() -> Any:
+    """Return NVML's handle of the card that CUDA calls 0; NVML itself does not know CUDA_VISIBLE_DEVICES."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    by = pynvml.nvmlDeviceGetHandleByIndex if first.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
+    return by(int(first) if first.isdecimal() else first)
 
 
 def card_name() -> str:
     """Return the name of the card that CUDA calls 0; makes no CUDA context."""
     import pynvml
 
-    pynvml.nvmlInit()
-    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(card_index())))
+    return str(pynvml.nvmlDeviceGetName(card_handle()))
 
 
 def commit_and_versions() -> dict[str, Any]:
