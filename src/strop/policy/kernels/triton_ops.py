@@ -278,7 +278,8 @@ def _launch_swiglu(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["lse_head", "other_lse_head"])
+# What begins in the middle of a row is aligned by chance: a second variant would be compiled in the middle of a run.
+@triton.jit(do_not_specialize=["lse_head", "other_lse_head"], do_not_specialize_on_alignment=["lse_ptr"])
 def _merge_kernel(
     out_ptr, out_token, lse_ptr, lse_head, other_ptr, other_token, other_lse_ptr, other_lse_head, heads,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -314,7 +315,7 @@ def merge_attention_(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, 
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["target_ptr"])
 def _logit_kernel(
     z_ptr, z_row, target_ptr, logp_ptr, entropy_ptr, vocab, inverse_temperature,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
