@@ -97,6 +97,9 @@ CASES: dict[DiagnosisName, Case] = {
         {"reward": lambda i: 0.3 + 0.01 * i, "eval": every_tenth(lambda i: 0.4 + 0.01 * i)},
         first=39,
     ),
+    "accuracy_falls": Case(
+        {"accuracy": lambda i: 0.5 if i < 30 else 0.2}, {"accuracy": lambda i: 0.5 if i < 30 else 0.41}, first=39
+    ),
     "entropy_collapse": Case(
         {"entropy": lambda i: 0.5 if i == 0 else 0.005},
         {"entropy": lambda i: 0.5 if i == 0 else 0.005, "accuracy": 0.95},

@@ -518,6 +518,7 @@ def test_the_summary_holds_both_evaluations() -> None:
         "reward": 0.8,
         "eval_before": {"pass@1": 0.25, "pass@k": 0.75, "k": 4, "problems": 100},
         "eval_after": {"pass@1": 0.9, "pass@k": 1.0, "k": 4, "problems": 100},
+        "best": None,
         "diagnoses": [],
     }
     assert build_summary(steps=3, seconds=1.0, stopped="interrupted", reward=None)["eval_after"] is None

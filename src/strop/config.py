@@ -29,7 +29,7 @@ MonitorAction = Literal["warn", "pause", "stop"]
 DiagnosisName = Literal[
     "budget_too_small", "truncated", "reward_length_correlation", "wrong_answers_grow", "wrong_right_length_ratio",
     "no_signal", "all_right", "repetition", "shaping_sign_flips", "unscored", "format_share", "answer_collapse",
-    "held_out_flat", "entropy_collapse", "entropy_rise", "gradient_spike", "logprob_mismatch",
+    "held_out_flat", "accuracy_falls", "entropy_collapse", "entropy_rise", "gradient_spike", "logprob_mismatch",
 ]  # fmt: skip
 """What a run can be diagnosed with; measured and explained in `monitor.diagnoses`."""
 
@@ -285,7 +285,9 @@ class RunConfig(Section):
     save_steps: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints kept; older ones are removed."""
+    """Newest checkpoints kept; older ones are removed."""
+    save_best: bool = True
+    """Keep the checkpoint with the best accuracy (else reward) over the last `monitor.window` steps as well."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only before and after."""
     eval_num_problems: int = Field(default=100, ge=0)

@@ -19,6 +19,8 @@ SOLVED = 0.9
 """Accuracy above which a fall of the entropy is what learning looks like."""
 LEAST_EVALUATIONS = 4
 """Evaluations that a trend of pass@1 needs."""
+LEAST_DEVIATIONS = 3.0
+"""Standard errors that a fall of the accuracy has to have: prompts of other steps are harder or easier by chance."""
 LEAST_LOGP_GAP = 0.01
 """A mean disagreement of engine and trainer below this many nats is taken for rounding."""
 
@@ -89,6 +91,17 @@ def _says_held_out(h: History, value: float) -> str:
         f"over {h.span('eval')} steps the reward per unit of weight rose by {reward:.2f}, "
         f"pass@1 on held-out problems by {held_out:.2f}"
     )
+
+
+def _accuracy_fall(h: History) -> float | None:
+    """Share of its best accuracy that the policy lost."""
+    found = h.fall("accuracy", LEAST_DEVIATIONS)
+    return None if found is None else (found[1] - found[0]) / max(found[1], 1e-9)
+
+
+def _says_accuracy_fall(h: History, value: float) -> str:
+    now, best = h.fall("accuracy", LEAST_DEVIATIONS) or (math.nan, math.nan)
+    return f"{now:.0%} of completions are right, {best:.0%} were in the best {h.window} steps"
 
 
 def _entropy_fall(h: History) -> float | None:
@@ -202,6 +215,12 @@ CATALOGUE: Mapping[DiagnosisName, Diagnosis] = {
         _says_held_out,
         "the policy earns reward that does not come from solving problems, or knows the training problems by heart",
         "rewards.funcs: read completions with high rewards in rollouts/; task.path: more or fresh training problems",
+    ),
+    "accuracy_falls": Diagnosis(
+        0.20, 0.40, _accuracy_fall, _says_accuracy_fall,
+        "steps are too large, so the policy loses what it could do; or something else is paid for",
+        "optim.learning_rate: lower it; lora.init_from (or model.path): the best checkpoint, which summary.json names",
+        windows=2,
     ),
     "entropy_collapse": Diagnosis(
         10.0, 50.0, _entropy_fall,

@@ -99,6 +99,13 @@ class Monitor:
         held = {name: asdict(entry) for name, entry in self.held.items()}
         return {"history": self.history.as_dict(), "held": held, "record": self.record}
 
+    def score(self) -> float | None:
+        """Return how good the policy is: mean accuracy, else reward, of the last window; None before there is one."""
+        if self.history.steps < self.history.window:
+            return None
+        accuracy = self.history.mean("accuracy")
+        return self.history.mean("reward") if accuracy is None else accuracy
+
     def summary(self) -> list[dict[str, Any]]:
         """Return what `summary.json` says: every diagnosis that held, and whether it still does."""
         return [{"name": name, **entry, "holds": name in self.held} for name, entry in self.record.items()]

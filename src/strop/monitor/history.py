@@ -19,6 +19,7 @@ COLUMNS = (
     "eval",
 )  # fmt: skip
 """What is observed of a step; `observe.py` says how. NaN: there was nothing to observe."""
+_BEST = ("accuracy",)
 
 
 @dataclass(slots=True)
@@ -30,6 +31,8 @@ class History:
     first: dict[str, float] = field(default_factory=dict[str, float])
     steps: int = 0
     """Observations ever made, forgotten ones included."""
+    best: dict[str, tuple[float, float]] = field(default_factory=dict[str, "tuple[float, float]"])
+    """Of the columns in `_BEST`: mean and variance of the best window that ended before the last one began."""
 
     def __post_init__(self) -> None:
         size = SPAN * self.window
@@ -43,6 +46,11 @@ class History:
             if math.isfinite(value):
                 self.first.setdefault(name, value)
         self.steps += 1
+        for name in _BEST:
+            earlier = self._known(name)[-2 * self.window : -self.window]
+            if len(earlier) == self.window:
+                found = _mean_and_variance(earlier)
+                self.best[name] = max(found, self.best.get(name, found))
 
     def last(self, name: str) -> float | None:
         """Return the newest value; None when the last step had none."""
@@ -63,6 +71,19 @@ class History:
             return None
         before, after = _mean(column[: self.window]), _mean(column[-self.window :])
         return None if before is None or after is None else max(0.0, after) - max(0.0, before)
+
+    def fall(self, name: str, deviations: float) -> tuple[float, float] | None:
+        """Return (mean of the last window, mean of the best window of the run before it); None where there is none.
+
+        The best counts as the last one where the two are less than `deviations` standard errors apart, by how much
+        single steps differ.
+        """
+        if name not in self.best or self.last(name) is None:
+            return None
+        now, spread = _mean_and_variance(self._known(name)[-self.window :])
+        best, best_spread = self.best[name]
+        error = math.sqrt((spread + best_spread) / self.window)
+        return (now, best if best - now > deviations * error else now)
 
     def span(self, name: str) -> int:
         """Return the steps between the first and the last value that are kept; 0 without two."""
@@ -97,7 +118,8 @@ class History:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form: NaN becomes null, every other float comes back as it was."""
         columns = {name: [v if math.isfinite(v) else None for v in column] for name, column in self.columns.items()}
-        return {"steps": self.steps, "first": self.first, "columns": columns}
+        best = {name: list(pair) for name, pair in self.best.items()}
+        return {"steps": self.steps, "first": self.first, "best": best, "columns": columns}
 
     @classmethod
     def from_dict(cls, window: int, stored: Mapping[str, Any]) -> History:
@@ -106,10 +128,19 @@ class History:
             name: deque(math.nan if v is None else float(v) for v in column)
             for name, column in stored["columns"].items()
         }
-        return cls(window, columns, dict(stored["first"]), stored["steps"])
+        best = {name: (float(mean), float(spread)) for name, (mean, spread) in stored.get("best", {}).items()}
+        return cls(window, columns, dict(stored["first"]), stored["steps"], best)
+
+    def _known(self, name: str) -> list[float]:
+        return [v for v in self.columns[name] if math.isfinite(v)]
 
     def _window(self, name: str) -> list[float]:
         return list(self.columns[name])[-self.window :]
+
+
+def _mean_and_variance(values: Sequence[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    return mean, math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -40,11 +40,13 @@ def build_summary(
     eval_before: EvalSummary | None = None,
     eval_after: EvalSummary | None = None,
     diagnoses: Sequence[Mapping[str, Any]] = (),
+    best: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of `summary.json`.
 
     `steps` counts the steps of the whole run, `seconds` its wall time over all processes, `reward` is the mean of the
-    last step. An evaluation that was not made is null. `diagnoses` are those that held at some time.
+    last step. An evaluation that was not made is null. `diagnoses` are those that held at some time. `best` names
+    the best checkpoint that is kept.
     """
     return {
         "stopped": stopped,
@@ -53,5 +55,6 @@ def build_summary(
         "reward": reward,
         "eval_before": eval_before.to_dict() if eval_before else None,
         "eval_after": eval_after.to_dict() if eval_after else None,
+        "best": dict(best) if best else None,
         "diagnoses": [dict(entry) for entry in diagnoses],
     }

@@ -71,8 +71,11 @@ def write_checkpoint(
     state: Mapping[str, Any],
     extra: Callable[[Path], None] | None = None,
     keep: int,
+    spared: int | None = None,
 ) -> Path:
     """Write `RUN/checkpoint-STEP`, durable when this returns, then remove all but the `keep` newest up to this step.
+
+    The checkpoint of step `spared` is not removed.
 
     `tensors` maps file names (`optimizer.safetensors`) to tensors of any device, layout or shared storage; `state`
     becomes `state.json` (floats that JSON lacks, such as NaN, are kept in Python's spelling); `extra` may write further
@@ -109,7 +112,7 @@ def write_checkpoint(
             needed = sum(tensor_bytes(content) for content in tensors.values()) + len(encoded_state)
             raise _write_error(run_dir, step, e, needed) from e
         raise
-    _prune(run_dir, step, keep)
+    _prune(run_dir, step, keep, spared)
     return final
 
 
@@ -276,12 +279,12 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _prune(run_dir: Path, newest: int, keep: int) -> None:
+def _prune(run_dir: Path, newest: int, keep: int, spared: int | None) -> None:
     """Remove checkpoints before the `keep` newest complete ones up to `newest`; a failure is told, not raised."""
     complete = 0
     for step in reversed(find_checkpoints(run_dir)):
         path = run_dir / f"checkpoint-{step}"
-        if step > newest:
+        if step > newest or (complete >= keep and step == spared):
             continue
         if complete >= keep:
             try:

@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
         "run.max_steps",
         "run.save_steps",
         "run.save_total_limit",
+        "run.save_best",
         "run.report_to",
         "run.stall_warning_s",
         "run.rollout_steps",

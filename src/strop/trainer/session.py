@@ -221,6 +221,9 @@ class Session:
         if self.saved_step == self.state.step or self.state.nonfinite_steps:
             return
         with self.progress.phase("checkpoint"):
+            score = self.watch.monitor.score()
+            if score is not None and (self.state.best is None or score > self.state.best[1]):
+                self.state.best = (self.state.step, score)
             state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
             if self.limit.tokens is not None:
                 state["micro_batch_limit"] = self.limit.tokens
@@ -232,8 +235,22 @@ class Session:
                 state=state,
                 extra=self._export,
                 keep=self.config.run.save_total_limit,
+                spared=self.state.best[0] if self.state.best and self.config.run.save_best else None,
             )
         self.saved_step = self.state.step
+
+    def _best(self) -> dict[str, Any] | None:
+        """Return the best checkpoint that is still there, and say so where it is not the last."""
+        if self.state.best is None:
+            return None
+        step, score = self.state.best
+        name = f"checkpoint-{step}"
+        if not (self.folder.path / name).is_dir():
+            return None
+        if step != self.saved_step:
+            window = self.config.monitor.window
+            self.progress.say(f"best checkpoint: {name}, {score:.3f} on average over its last {window} steps")
+        return {"checkpoint": name, "score": score}
 
     def _export(self, folder: Path) -> None:
         """Write what other tools load: a PEFT adapter, or a whole model folder."""
@@ -281,6 +298,7 @@ class Session:
             eval_before=self.state.eval_before,
             eval_after=after,
             diagnoses=self.watch.monitor.summary(),
+            best=self._best(),
         )
         self.folder.write_json("summary.json", summary)
         return summary

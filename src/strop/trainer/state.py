@@ -23,6 +23,8 @@ class RunState:
     reward: float | None = None
     """Mean reward of the last step; None when nothing was scored."""
     eval_before: EvalSummary | None = None
+    best: tuple[int, float] | None = None
+    """Step of the best checkpoint, and its `Monitor.score`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -33,6 +35,7 @@ class RunState:
             "seconds": self.seconds,
             "reward": self.reward,
             "eval_before": self.eval_before.to_dict() if self.eval_before else None,
+            "best": list(self.best) if self.best else None,
         }
 
     @classmethod
@@ -46,4 +49,5 @@ class RunState:
             stored["seconds"],
             stored["reward"],
             before,
+            (int(best[0]), float(best[1])) if (best := stored.get("best")) else None,
         )
