@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ class Rollout:
     @property
     def completion_token_ids(self) -> tuple[int, ...]:
         """Every token after the prompt, the stop token included."""
-        return tuple(t for s in self.segments[1:] for t in s.token_ids)
+        if len(self.segments) == 2:  # single-turn: the tuple itself, which thousands of tokens are not copied for
+            return self.segments[1].token_ids
+        return tuple(chain.from_iterable(s.token_ids for s in self.segments[1:]))
 
     @property
     def num_completion_tokens(self) -> int:
