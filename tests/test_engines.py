@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 from engines import Rig, rig
 from records import sample, scored
 
+from strop.engine.select import read_ahead
 from strop.errors import EngineError, MemoryExhaustedError, ModelError
 from strop.memory.shapes import ModelShape
 from strop.objective.packing import pack
@@ -367,3 +369,13 @@ def test_the_plan_counts_the_engines_adapter(rank: int) -> None:
     modules = built.engine._runner.lora_manager._adapter_manager.modules.values()  # type: ignore[attr-defined]
     held = sum(m.strop_factors.a.numel() + m.strop_factors.b_t.numel() for m in modules)
     assert held == ModelShape.from_config(built.source.config).engine_lora_values(rank)
+
+
+def test_libraries_are_read_ahead_where_the_system_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *_: asked.append(os.readlink(f"/proc/self/fd/{fd}")))
+    assert read_ahead() == len(asked) > 3
+    assert any("/torch/lib/libtorch_cpu" in path for path in asked)
+    assert any("/vllm/" in path for path in asked)
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert read_ahead() == 0

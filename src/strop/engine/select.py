@@ -6,6 +6,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+_LIBRARIES = (("torch", "lib/*.so*"), ("nvidia", "*/lib/libcublas*"), ("vllm", "**/*.so"), ("triton", "**/*.so"))
+"""Packages and patterns below their folders, in the order in which they are needed."""
+
 
 def resolve_engine(wanted: str) -> tuple[str, str]:
     """Return (engine, reason) for the setting `auto`, `vllm` or `transformers`.
@@ -28,18 +31,19 @@ def resolve_engine(wanted: str) -> tuple[str, str]:
 
 
 def read_ahead() -> int:
-    """Ask the system to read vLLM's and Triton's libraries from disk now, while Python is busy with other imports.
+    """Ask the system to read the libraries that an engine needs from disk now, while Python is busy with imports.
 
-    Half a gigabyte that an engine needs a few seconds later; reading it needs no interpreter. Returns how many files
-    were asked for: 0 where they are not installed or the system has no such call.
+    One or two gigabytes on a card, which are otherwise read page by page when a kernel in them is first used; reading
+    needs no interpreter. Returns how many files were asked for: 0 where they are not installed or the system has no
+    such call.
     """
     if not hasattr(os, "posix_fadvise"):
         return 0
     count = 0
-    for package in ("vllm", "triton"):
+    for package, pattern in _LIBRARIES:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
-            for path in Path(folder).rglob("*.so"):
+            for path in Path(folder).glob(pattern):
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
                 except OSError:
