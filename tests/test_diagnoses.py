@@ -98,7 +98,7 @@ CASES: dict[DiagnosisName, Case] = {
         first=39,
     ),
     "accuracy_falls": Case(
-        {"accuracy": lambda i: 0.5 if i < 30 else 0.2}, {"accuracy": lambda i: 0.5 if i < 30 else 0.41}, first=39
+        {"accuracy": lambda i: 0.5 if i < 30 else 0.2}, {"accuracy": lambda i: 0.5 if i < 30 else 0.41}, first=41
     ),
     "entropy_collapse": Case(
         {"entropy": lambda i: 0.5 if i == 0 else 0.005},
@@ -275,6 +275,57 @@ def test_a_history_goes_on_under_another_window() -> None:
     assert new.mean("reward") == 57.5
     assert new.first["reward"] == 0.0
     assert new.steps == 60
+
+
+def test_a_best_window_of_another_length_is_not_compared_with() -> None:
+    old = History(2)
+    for i in range(100):
+        old.add({"accuracy": 0.8 if 91 <= i <= 92 else 0.4 + 0.01 * (i % 3)})
+    stored = json.loads(json.dumps(old.as_dict()))
+    assert stored["best"]["accuracy"][0] == pytest.approx(0.8)
+    assert History.from_dict(2, stored).best == old.best
+    longer = History.from_dict(4, stored)
+    longer.add({"accuracy": 0.4})
+    assert longer.fall("accuracy", 0.0) == pytest.approx((0.4075, 0.6025))
+    del stored["best"]  # a checkpoint of an earlier version: what its columns show is found again
+    again = History.from_dict(2, stored)
+    again.add({"accuracy": 0.4})
+    assert again.best == {"accuracy": pytest.approx((0.8, 0.0))}
+
+
+def test_a_step_without_verdicts_does_not_end_a_fall() -> None:
+    watch = monitor()
+    rounds = feed(watch, history(60, accuracy=lambda i: math.nan if i == 50 else 0.5 if i < 30 else 0.2))
+    found = [(step, level) for step, name, level in told(rounds) if name == "accuracy_falls"]
+    assert found == [(41, "warn"), (43, "act")]
+
+
+@pytest.mark.parametrize(("share", "prompts", "size"), [(0.1, 4, 8), (0.3, 8, 8), (0.6, 2, 4)])
+def test_a_policy_that_stays_the_same_does_not_fall(share: float, prompts: int, size: int) -> None:
+    """Problems are of any difficulty, so steps differ by much more than coin tosses do."""
+    rng = random.Random(0)
+    falls = 0
+    for _ in range(30):
+        found = History(20)
+        for _ in range(300):
+            chances = [rng.betavariate(share, 1 - share) for _ in range(prompts)]
+            found.add({"accuracy": statistics.fmean(rng.random() < p for p in chances for _ in range(size))})
+            value = CATALOGUE["accuracy_falls"].measure(found)
+            if value is not None and value > CATALOGUE["accuracy_falls"].warn:
+                falls += 1
+                break
+    assert falls <= 1
+
+
+def test_a_score_is_never_a_reward_where_there_is_an_accuracy() -> None:
+    watch = monitor(window=4)
+    feed(watch, history(4, accuracy=0.5, reward=3.0))
+    assert watch.score() == 0.5
+    feed(watch, history(3, accuracy=math.nan, reward=3.0), 4)
+    assert watch.score() is None
+    watch = monitor(window=4)
+    feed(watch, history(4, accuracy=math.nan, reward=3.0))
+    assert watch.score() == 3.0
 
 
 @given(st.lists(st.floats(-5, 5), min_size=4, max_size=20))

@@ -198,15 +198,15 @@ def test_a_monitor_waits_for_a_step_that_was_finite(tmp_path: Path) -> None:
 
 EARLY = """
 def early(completions, trainer_state, **kwargs):
-    return [float(trainer_state.global_step < 4)] * len(completions)
+    return [float(trainer_state.global_step < 8)] * len(completions)
 """
 
 
 def falling(folder: Path, **run: Any) -> dict[str, Any]:
-    """Every completion is right in the first four steps, none later."""
+    """Every completion is right in the first eight steps, none later."""
     (folder / "early.py").write_text(EARLY)
-    run = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2, **run}
-    return {**config(rewards={"funcs": [f"{folder}/early.py:early"]}, run=run), "monitor": {"window": 2}}
+    run = {"max_steps": 12, "save_steps": 1, "save_total_limit": 2, **run}
+    return {**config(rewards={"funcs": [f"{folder}/early.py:early"]}, run=run), "monitor": {"window": 4}}
 
 
 def kept(out: Path) -> list[str]:
@@ -217,20 +217,28 @@ def test_the_best_checkpoint_is_kept_and_a_fall_is_told(tmp_path: Path) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         summary = train(falling(tmp_path), out=tmp_path / "run")
-    assert kept(tmp_path / "run") == ["checkpoint-2", "checkpoint-7", "checkpoint-8"]
-    assert summary["best"] == {"checkpoint": "checkpoint-2", "score": 1.0}
-    assert "best checkpoint: checkpoint-2, 1.000 on average over its last 2 steps" in printed.getvalue()
-    assert (
-        "note: step 6: accuracy_falls (act, above 0.4): 0% of completions are right, 100% were in" in printed.getvalue()
-    )
+    assert kept(tmp_path / "run") == ["checkpoint-11", "checkpoint-12", "checkpoint-4"]
+    assert summary["best"] == {"checkpoint": "checkpoint-4", "score": 1.0}
+    assert "best checkpoint: checkpoint-4, 1.000 on average over its last 4 steps" in printed.getvalue()
+    told = "note: step 12: accuracy_falls (act, above 0.4): 0% of completions are right, 100% were in the best 4 steps"
+    assert told in printed.getvalue()
 
 
 def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(falling(tmp_path, max_steps=6), out=out)
-    assert kept(out) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+    train(falling(tmp_path, max_steps=10), out=out)
+    assert kept(out) == ["checkpoint-10", "checkpoint-4", "checkpoint-9"]
     summary = train(falling(tmp_path), out=out, resume=True)
-    assert kept(out) == ["checkpoint-2", "checkpoint-7", "checkpoint-8"]
-    assert summary["best"]["checkpoint"] == "checkpoint-2"
-    assert train(falling(tmp_path, save_best=False, max_steps=9), out=out, resume=True)["best"] is None
-    assert kept(out) == ["checkpoint-8", "checkpoint-9"]
+    assert kept(out) == ["checkpoint-11", "checkpoint-12", "checkpoint-4"]
+    assert summary["best"]["checkpoint"] == "checkpoint-4"
+    assert train(falling(tmp_path, save_best=False, max_steps=13), out=out, resume=True)["best"] is None
+    assert kept(out) == ["checkpoint-12", "checkpoint-13"]
+
+
+def test_a_best_checkpoint_that_is_gone_or_broken_leaves_its_place(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(falling(tmp_path, max_steps=10), out=out)
+    (out / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"cut off")
+    summary = train(falling(tmp_path), out=out, resume=True)
+    assert summary["best"] == {"checkpoint": "checkpoint-11", "score": 0.25}
+    assert kept(out) == ["checkpoint-11", "checkpoint-12"]

@@ -383,5 +383,8 @@ def test_a_checkpoint_of_a_full_run_is_a_model_that_stops_and_computes_the_same(
             logp = torch.log_softmax(loaded(input_ids=ids).logits[0, :-1].float(), -1).gather(1, ids[0, 1:, None])
             theirs.append(logp[-rollout.num_completion_tokens :, 0])
     assert (ours - torch.cat(theirs)).abs().max() < 2e-5
+    # And a run can begin with it, the optimizer's file beside the model's or not.
+    again = config(model={"path": str(folder), "engine": engine}, run={"max_steps": 1})
+    assert train(again, out=tmp_path / "again")["steps"] == 1
     untrained = torch.tensor([x for s in by_hand.scored for x in s.rollout.segments[1].logprobs or ()])
     assert (ours - untrained).abs().max() > 1e-3

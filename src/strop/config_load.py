@@ -80,11 +80,12 @@ NOT_OURS: Mapping[str, str] = {
     "vllm_gpu_memory_utilization": "set run.vram_gib, the GPU memory that the whole process may use",
     "gpu_memory_utilization": "set run.vram_gib, the GPU memory that the whole process may use",
     "vllm_enable_sleep_mode": "the KV cache is planned beside the training memory (`strop plan`); remove the key",
-    "gradient_checkpointing": "micro-batches are planned to fit without it; optim.micro_batch_tokens pins their size",
+    "gradient_checkpointing": "as few layers as fits are planned; optim.checkpoint_layers pins how many",
     "use_peft": "set lora.r (0 trains all weights)",
     "load_in_4bit": "set model.quantization to nf4",
     "load_in_8bit": "set model.quantization to nf4 (4 bits), or model.head to int8 for the output head",
     "num_train_epochs": "set run.max_steps; a step visits rollout.num_prompts problems",
+    "load_best_model_at_end": "run.save_best keeps the best checkpoint, which summary.json names; remove the key",
     "resume_from_checkpoint": "use `strop train CONFIG --resume`",
 }
 """Names of TRL that have no counterpart, with what to do instead."""

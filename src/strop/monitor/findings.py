@@ -100,11 +100,13 @@ class Monitor:
         return {"history": self.history.as_dict(), "held": held, "record": self.record}
 
     def score(self) -> float | None:
-        """Return how good the policy is: mean accuracy, else reward, of the last window; None before there is one."""
+        """Return how good the policy is: mean accuracy of the last window, reward where there never is an accuracy.
+
+        None before there is a window, and where most of its steps have no number.
+        """
         if self.history.steps < self.history.window:
             return None
-        accuracy = self.history.mean("accuracy")
-        return self.history.mean("reward") if accuracy is None else accuracy
+        return self.history.mean("accuracy" if "accuracy" in self.history.first else "reward")
 
     def summary(self) -> list[dict[str, Any]]:
         """Return what `summary.json` says: every diagnosis that held, and whether it still does."""

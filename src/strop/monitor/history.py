@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 SPAN = 5
@@ -47,10 +48,12 @@ class History:
                 self.first.setdefault(name, value)
         self.steps += 1
         for name in _BEST:
-            earlier = self._known(name)[-2 * self.window : -self.window]
-            if len(earlier) == self.window:
-                found = _mean_and_variance(earlier)
-                self.best[name] = max(found, self.best.get(name, found))
+            known, size = self._known(name), self.window
+            latest = len(known) - size  # where a window ends that the last one does not reach into
+            for end in range(latest if name in self.best else size, latest + 1):
+                if end >= size:
+                    found = _mean_and_variance(known[end - size : end])
+                    self.best[name] = max(found, self.best.get(name, found))
 
     def last(self, name: str) -> float | None:
         """Return the newest value; None when the last step had none."""
@@ -76,13 +79,16 @@ class History:
         """Return (mean of the last window, mean of the best window of the run before it); None where there is none.
 
         The best counts as the last one where the two are less than `deviations` standard errors apart, by how much
-        single steps differ.
+        steps differ inside the two windows, or from their neighbours among all that are kept where that is more: a
+        variance of one window is too small by chance in some of the many that are compared.
         """
-        if name not in self.best or self.last(name) is None:
+        known = self._known(name)
+        if name not in self.best or self.mean(name) is None or len(known) < self.window:
             return None
-        now, spread = _mean_and_variance(self._known(name)[-self.window :])
+        now, spread = _mean_and_variance(known[-self.window :])
         best, best_spread = self.best[name]
-        error = math.sqrt((spread + best_spread) / self.window)
+        neighbours = math.fsum((b - a) ** 2 for a, b in pairwise(known)) / (len(known) - 1)
+        error = math.sqrt(max(spread + best_spread, neighbours) / self.window)
         return (now, best if best - now > deviations * error else now)
 
     def span(self, name: str) -> int:
@@ -119,16 +125,17 @@ class History:
         """Return the JSON form: NaN becomes null, every other float comes back as it was."""
         columns = {name: [v if math.isfinite(v) else None for v in column] for name, column in self.columns.items()}
         best = {name: list(pair) for name, pair in self.best.items()}
-        return {"steps": self.steps, "first": self.first, "best": best, "columns": columns}
+        return {"steps": self.steps, "window": self.window, "first": self.first, "best": best, "columns": columns}
 
     @classmethod
     def from_dict(cls, window: int, stored: Mapping[str, Any]) -> History:
-        """Inverse of `as_dict`; `window` may have changed."""
+        """Inverse of `as_dict`; `window` may have changed, and a best window of another length is forgotten then."""
         columns = {
             name: deque(math.nan if v is None else float(v) for v in column)
             for name, column in stored["columns"].items()
         }
-        best = {name: (float(mean), float(spread)) for name, (mean, spread) in stored.get("best", {}).items()}
+        found = stored.get("best", {}) if stored.get("window", window) == window else {}
+        best = {name: (float(mean), float(spread)) for name, (mean, spread) in found.items()}
         return cls(window, columns, dict(stored["first"]), stored["steps"], best)
 
     def _known(self, name: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ def save_model(model: torch.nn.Module, source: ModelSource, folder: Path) -> Non
     state = {name: p.detach().cpu().clone().contiguous() for name, p in model.named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # Without an index vLLM reads every safetensors file of the folder, a checkpoint's optimizer too.
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in state.values())},
+        "weight_map": dict.fromkeys(state, "model.safetensors"),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     source.tokenizer.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)

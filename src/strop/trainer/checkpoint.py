@@ -152,6 +152,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _read(path, ())
 
 
+def is_complete(path: Path) -> bool:
+    """Whether `path` is a checkpoint that has all of its files in their sizes; their content is not compared."""
+    return _problem_with(path, compare_content=False) is None
+
+
 def clean_leftovers(run_dir: Path) -> list[str]:
     """Remove what killed processes left unfinished in `run_dir` and return the names; call it with the run locked."""
     try:
@@ -313,5 +318,6 @@ def _write_error(run_dir: Path, step: int, error: BaseException, needed: int) ->
     return CheckpointError(
         f"the checkpoint of step {step} cannot be written to {run_dir}: {reason}; "
         f"at least {needed:,} bytes are needed and {free}; {rest}",
-        hint="free space there, or copy the run folder to another disk and set run.out to it; then go on with --resume",
+        hint="free space there (all but the newest checkpoint may go), or copy the run folder to another disk and set "
+        "run.out to it; then go on with --resume",
     )

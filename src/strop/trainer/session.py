@@ -22,7 +22,7 @@ from ..policy import lora
 from ..policy.optim import Optimizer
 from ..types import Metric, ScoredRollout, StepStats, merge_metrics
 from .canary import VerdictChangedError
-from .checkpoint import write_checkpoint
+from .checkpoint import is_complete, write_checkpoint
 from .evaluate import UnscoredError, eval_requests, evaluate, num_samples
 from .interrupt import Interrupt
 from .parts import Parts
@@ -62,9 +62,11 @@ class Session:
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """Show a phase of the step and add up its time under `time/NAME_s`."""
         begin = time.perf_counter()
-        with self.progress.phase(name, total=total):
-            yield
-        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
+        try:
+            with self.progress.phase(name, total=total):
+                yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
 
     def on_engine_step(self, unfinished: int, running: int) -> None:
         """Keep the reward workers fed and the live view honest between decode steps."""
@@ -221,8 +223,9 @@ class Session:
         if self.saved_step == self.state.step or self.state.nonfinite_steps:
             return
         with self.progress.phase("checkpoint"):
-            score = self.watch.monitor.score()
-            if score is not None and (self.state.best is None or score > self.state.best[1]):
+            score, best = self.watch.monitor.score(), self.state.best
+            lost = best is not None and self.config.run.save_best and not self._is_there(best[0])
+            if score is not None and (best is None or lost or score > best[1]):
                 self.state.best = (self.state.step, score)
             state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
             if self.limit.tokens is not None:
@@ -244,13 +247,16 @@ class Session:
         if self.state.best is None:
             return None
         step, score = self.state.best
-        name = f"checkpoint-{step}"
-        if not (self.folder.path / name).is_dir():
+        if not self._is_there(step):
             return None
+        name = f"checkpoint-{step}"
         if step != self.saved_step:
             window = self.config.monitor.window
             self.progress.say(f"best checkpoint: {name}, {score:.3f} on average over its last {window} steps")
         return {"checkpoint": name, "score": score}
+
+    def _is_there(self, step: int) -> bool:
+        return is_complete(self.folder.path / f"checkpoint-{step}")
 
     def _export(self, folder: Path) -> None:
         """Write what other tools load: a PEFT adapter, or a whole model folder."""
