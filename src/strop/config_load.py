@@ -80,7 +80,7 @@ NOT_OURS: Mapping[str, str] = {
     "vllm_gpu_memory_utilization": "set run.vram_gib, the GPU memory that the whole process may use",
     "gpu_memory_utilization": "set run.vram_gib, the GPU memory that the whole process may use",
     "vllm_enable_sleep_mode": "the KV cache is planned beside the training memory (`strop plan`); remove the key",
-    "gradient_checkpointing": "as few layers as fits are planned; optim.checkpoint_layers pins how many",
+    "gradient_checkpointing": "the plan checkpoints what it has to; optim.checkpoint_layers pins how many layers",
     "use_peft": "set lora.r (0 trains all weights)",
     "load_in_4bit": "set model.quantization to nf4",
     "load_in_8bit": "set model.quantization to nf4 (4 bits), or model.head to int8 for the output head",
