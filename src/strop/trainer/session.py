@@ -224,9 +224,11 @@ class Session:
             return
         with self.progress.phase("checkpoint"):
             score, best = self.watch.monitor.score(), self.state.best
+            window = self.config.monitor.window
             lost = best is not None and self.config.run.save_best and not self._is_there(best[0])
-            if score is not None and (best is None or lost or score > best[1]):
-                self.state.best = (self.state.step, score)
+            # Means over other numbers of steps cannot be compared: a short one is high by luck.
+            if score is not None and (best is None or lost or best[2] != window or score > best[1]):
+                self.state.best = (self.state.step, score, window)
             state = {**self.state.as_dict(), "seconds": self.seconds(), "promise": self.parts.plan.promise()}
             if self.limit.tokens is not None:
                 state["micro_batch_limit"] = self.limit.tokens
@@ -246,12 +248,11 @@ class Session:
         """Return the best checkpoint that is still there, and say so where it is not the last."""
         if self.state.best is None:
             return None
-        step, score = self.state.best
+        step, score, window = self.state.best
         if not self._is_there(step):
             return None
         name = f"checkpoint-{step}"
         if step != self.saved_step:
-            window = self.config.monitor.window
             self.progress.say(f"best checkpoint: {name}, {score:.3f} on average over its last {window} steps")
         return {"checkpoint": name, "score": score}
 

@@ -23,8 +23,8 @@ class RunState:
     reward: float | None = None
     """Mean reward of the last step; None when nothing was scored."""
     eval_before: EvalSummary | None = None
-    best: tuple[int, float] | None = None
-    """Step of the best checkpoint, and its `Monitor.score`."""
+    best: tuple[int, float, int] | None = None
+    """Step of the best checkpoint, its `Monitor.score`, and the steps that this is a mean of."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -49,5 +49,5 @@ class RunState:
             stored["seconds"],
             stored["reward"],
             before,
-            (int(best[0]), float(best[1])) if (best := stored.get("best")) else None,
+            (int(best[0]), float(best[1]), int(best[2])) if (best := stored.get("best")) else None,
         )
