@@ -17,7 +17,7 @@ LAUNCH_S = 4e-3
 """Launching a layer's kernels, forward and backward, from Python. An estimate: a 0.5B model took 0.5 s for a step of
 GSM8K in micro-batches of 4,600 tokens on an H100, and 0.29 s for twice as many tokens in one micro-batch."""
 RUN_AGAIN = 1 / 3
-"""What a checkpointed layer costs more; 0.36 measured with 1.5B on an H100."""
+"""What a checkpointed layer costs more; 0.35 measured with 1.5B on an H100."""
 SHARE_OF_PEAK = 0.35
 """Of the card's peak, reached by a whole layer with its norms and attention."""
 UNKNOWN_FLOPS = 100e12

@@ -215,7 +215,7 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
         "kv_cache",
         "released" if n.release_kv else "stays mapped",
         (
-            "given back for training and mapped again: beside it training would need smaller batches or checkpointing"
+            "given back for training and mapped again: beside it a step would take longer, or training not fit"
             if n.release_kv
             else "it fits beside training"
         ),
