@@ -140,6 +140,10 @@ def kernel_cases(dtype: torch.dtype, device: str) -> dict[str, Callable[[Any], l
     }
 
 
+TILES = ((32, 64, 4), (32, 64, 2), (32, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 4), (128, 32, 4), (128, 64, 8),
+         (16, 64, 2), (16, 64, 4), (16, 128, 4), (32, 128, 4), (32, 128, 8), (64, 128, 8))  # fmt: skip
+
+
 def tune(tokens: int = 16_000, width: int = 8_960, rank: int = 16) -> None:
     """Time the gated product with adapters, forward and backward, in several tilings, against its memory traffic."""
     from strop.policy.kernels import triton_ops
@@ -151,7 +155,7 @@ def tune(tokens: int = 16_000, width: int = 8_960, rank: int = 16) -> None:
     low, b, grad_low, a = rand(tokens, 2 * rank), rand(2 * width, 2 * rank), rand(tokens, rank), rand(rank, width)
     before = triton_ops.SWIGLU_TILE
     try:
-        for tile in ((32, 64, 4), (64, 64, 8), (16, 128, 4), (32, 128, 8), (32, 128, 4), (16, 64, 4), (64, 128, 8)):
+        for tile in TILES:
             triton_ops.SWIGLU_TILE = tile
             forward = timed(lambda: triton_ops.swiglu(gate_up, low, b))
             backward = timed(lambda: triton_ops.swiglu_backward_(gate_up, product, low, b, grad_low, a))

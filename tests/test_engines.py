@@ -371,6 +371,14 @@ def test_the_plan_counts_the_engines_adapter(rank: int) -> None:
     assert held == ModelShape.from_config(built.source.config).engine_lora_values(rank)
 
 
+def test_vllm_looks_at_a_models_class_without_starting_a_process(vllm_rig: Rig) -> None:
+    import vllm.model_executor.models.registry as registry
+
+    assert vllm_rig.engine is not None
+    # What vLLM runs in another process, which imports all of vLLM, when it first meets an architecture.
+    assert registry._run_in_subprocess(os.getpid) == os.getpid()
+
+
 def test_libraries_are_read_ahead_where_the_system_can(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *_: asked.append(os.readlink(f"/proc/self/fd/{fd}")))

@@ -141,6 +141,23 @@ def distances(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return (ours - theirs).norm(dim=-1) / (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1)
 
 
+def in_fp32(built: Rig, kind: str, rows: int) -> torch.Tensor:
+    """Return the logits [steps, rows, V] of `decoded`'s tokens by transformers in fp32, adapters merged."""
+    from transformers import AutoModelForCausalLM
+
+    runner: Any = built.engine._runner
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(kind), dtype=torch.float32)
+    model = model.cuda()
+    for name, module in built.policy.model.named_modules():
+        if isinstance(module, lora.LoraLinear):
+            weight = model.get_submodule(name).weight
+            weight.data += module.scale * (module.lora_B.detach() @ module.lora_A.detach()).to(weight.dtype)
+    steps = torch.arange(6, device="cuda") * 104729
+    ids = (torch.arange(rows, device="cuda")[:, None] * 7919 + steps) % runner.vocab_size
+    with torch.no_grad():
+        return model(input_ids=ids).logits.transpose(0, 1)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_logits_are_those_of_vllms_modules_and_of_the_trainer(case: Case) -> None:
     built = rig_of(case)
@@ -152,16 +169,24 @@ def test_logits_are_those_of_vllms_modules_and_of_the_trainer(case: Case) -> Non
         nudge(built)
         built.weights.publish()
     with torch.inference_mode(), runner._pretended(50):
-        gaps = distances(decoded(runner, 50, plain=False), decoded(runner, 50, plain=True))
+        ours, theirs = decoded(runner, 50, plain=False), decoded(runner, 50, plain=True)
+    gaps = distances(ours, theirs)
     built.engine.reset_prefix_cache()
     print(f"{case.name}: trained adapter, mean {gaps.mean():.4f}, max {gaps.max():.4f}")
-    assert gaps.mean() < 0.03
-    assert gaps.max() < 0.15
+    if case.quantization == "none":
+        exact = in_fp32(built, case.kind, 50)
+        width = exact.shape[-1]
+        off, modules_off = (distances(x[..., :width], exact).mean() for x in (ours, theirs))
+        print(f"{case.name}: from fp32, ours {off:.4f}, vLLM's modules {modules_off:.4f}")
+        assert off < 1.1 * modules_off
+    # With keys of size 100 two roundings to bf16 are far apart; both are as near to fp32.
+    assert gaps.mean() < (0.12 if case.kind == "qwen2-biased" else 0.03)
+    assert gaps.max() < (1.0 if case.kind == "qwen2-biased" else 0.15)
     rollouts = generate(built, rollout_requests(problems(8), 4, run_seed=0, step=0), max_tokens=48)
     apart = (trainer_logprobs(built, rollouts).cpu() - sampler_logprobs(rollouts)).abs()
     print(f"{case.name}: |logp difference| to the trainer over {apart.numel()}: {apart.mean():.2e}, {apart.max():.2e}")
     assert apart.numel() > 500
-    assert apart.mean() < 0.02
+    assert apart.mean() < (0.08 if case.kind == "qwen2-biased" else 0.02)
     assert built.weights.unshared_bytes() == 0
 
 
@@ -213,7 +238,7 @@ def test_layers_that_compute_something_else_are_not_used_and_the_user_is_told(mo
     built = rig_of(Case("qwen3"))
     runner: Any = built.engine._runner
     original = vllm_decode.add_silu_mul
-    monkeypatch.setattr(vllm_decode, "add_silu_mul", lambda p, width: original(p._replace(low=None), width))
+    monkeypatch.setattr(vllm_decode, "add_silu_mul", lambda p, width, **more: original(p._replace(low=None), width))
     try:
         runner._graphs.clear()
         runner.capture_model()

@@ -53,6 +53,9 @@ def prepare_environment(device: str, threads: int, runner: str | None = None) ->
         "VLLM_NO_USAGE_STATS": "1",
         # Its sampler is off whenever log-probabilities are asked for; without the package, asking for it is an error.
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # Under WSL vLLM pins nothing unless told to, and its second model runner then does not start ("UVA is not
+        # available", 0.24 to 0.30): it needs a few megabytes. Read nowhere else.
+        "VLLM_WSL2_ENABLE_PIN_MEMORY": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -75,8 +78,10 @@ def prepare_environment(device: str, threads: int, runner: str | None = None) ->
 
 def patch(device: str, runner: str, *, deterministic: bool = False) -> None:
     """Apply the patches that training on this device with this model runner needs; idempotent."""
+    _inspect_in_this_process()
     if runner == "v2":
         _build_our_runner()
+        _compile_what_runs()
         _temper_in_fp32()
         _capture_with_the_adapter_only()
     else:
@@ -111,6 +116,42 @@ def _build_our_runner() -> None:
 
     _expect(module, "GPUModelRunner")
     module.GPUModelRunner = RolloutRunner
+
+
+def _inspect_in_this_process() -> None:
+    """Let vLLM look at a model's class here.
+
+    Symptom: the first time that a model's architecture is used on a machine, vLLM starts a process that imports all of
+    vLLM to read a few attributes of the class, so as not to initialise CUDA in this one: 12 s on an H100's machine. The
+    engine runs in this process, so CUDA and the class are needed here anyway. Seen in 0.26 and 0.32
+    (model_executor/models/registry.py). Can go when an engine in its caller's process does not do that.
+    """
+    import vllm.model_executor.models.registry as registry
+
+    _expect(registry, "_run_in_subprocess")
+
+    def run(function: Any) -> Any:
+        return function()
+
+    setattr(registry, "_run_in_subprocess", run)  # noqa: B010 (private to the module)
+
+
+def _compile_what_runs() -> None:
+    """Compile the second runner's Triton kernels when they are first used.
+
+    Symptom: with an empty cache of kernels, vLLM compiles every kernel of its sampler at the start, for top-k, top-p,
+    penalties, bad words and grammars too: 19 s of 28 on an H100's machine, 9 of them for one that a rollout never uses.
+    Those that it uses take some 2 s in its first step. Seen in 0.26 (v1/worker/gpu/warmup.py). Can go when vLLM
+    compiles for the sampling parameters in use.
+    """
+    import vllm.v1.worker.gpu_worker as worker
+
+    _expect(worker, "warmup_kernels")
+
+    def leave_out(*args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    setattr(worker, "warmup_kernels", leave_out)  # noqa: B010 (imported by the module from another)
 
 
 def _shrink_without_atomics() -> None:
