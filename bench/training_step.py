@@ -8,17 +8,19 @@ python bench/training_step.py --model 1.5b --work W1 [--tokens 36000] [--checkpo
 python bench/training_step.py --model 1.5b --work W1 --ablate [--json FILE]
 python bench/training_step.py --model 0.5b --work L1 --profile
 
-MFU is  FLOPs / (seconds * 989e12)  with, per token of the layers, 4 * linear weights (forward 2, gradient of the input
-2; the base gets none of its own) + 12 * adapter weights / 2, per trained token 4 * vocabulary * hidden, and for the
-attention 4 * heads * head size * (pairs of query and key) * 3.5 per layer. Work done twice, because of checkpointing
-or repeated prompts, is not counted as useful.
+MFU is  FLOPs / (seconds * the card's peak in card/peaks.py)  with, per token of the layers, 4 * linear weights (forward
+2, gradient of the input 2; the base gets none of its own) + 12 * adapter weights / 2, per trained token 4 * vocabulary
+* hidden, and for the attention 4 * heads * head size * (pairs of query and key) * 3.5 per layer. Work done twice,
+because of checkpointing or repeated prompts, is not counted as useful.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
+import runpy
 import statistics
 import time
 import traceback
@@ -41,8 +43,7 @@ from strop.policy.policy import Policy
 from strop.trainer.update import MicroBatchLimit, update
 from strop.types import MicroBatch, Problem, Rollout, Sample, ScoredRollout, Segment
 
-PEAK_FLOPS = 989e12
-"""Dense bf16 of an H100 or H200 SXM."""
+PEAKS = runpy.run_path(str(Path(__file__).parent / "card" / "peaks.py"))
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
@@ -152,6 +153,16 @@ def useful_flops(net: Any, batches: Sequence[MicroBatch], rank: int) -> float:
     return tokens * (4 * linear + 6 * adapters) + 4.0 * trained * c.vocab_size * c.hidden_size + attention
 
 
+@functools.cache
+def peak_flops() -> float | None:
+    """The card's peak in FLOP/s; None, and said so, where its name is not in the table."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
+    if note := PEAKS["unknown_peak"](name):
+        print(note, flush=True)
+    tflops = PEAKS["peak_tflops"](name)
+    return None if tflops is None else tflops * 1e12
+
+
 def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str = "") -> dict[str, Any]:
     """Print one line: the median time of an update, its spread, memory, tokens per second, MFU. Return it as a row."""
     net = net if net is not None else build(setup.model, setup.layers, setup.dtype)
@@ -182,20 +193,22 @@ def measure(setup: Setup, net: Any | None = None, repeats: int = 3, label: str =
         logprobs.ops_for = before
     seconds = statistics.median(times)
     tokens = sum(b.num_tokens for b in batches)
+    peak = peak_flops()
+    mfu = None if peak is None else round(useful / seconds / peak, 4)
     allocated, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
     print(
         f"{label or setup.work:<28} {seconds * 1e3:8.1f} ms ({min(times) * 1e3:.0f} to {max(times) * 1e3:.0f})  "
         f"{tokens:>7} tokens in {len(batches)}  {tokens / seconds:>9,.0f} tok/s  "
-        f"MFU {useful / seconds / PEAK_FLOPS:5.1%}  "
+        f"MFU {'unknown' if mfu is None else f'{mfu:5.1%}'}  "
         f"peak {allocated:.1f} / {reserved:.1f} GiB  pack {packing * 1e3:.0f} ms  "
         f"grad norm {stats.metrics['grad_norm'].value:.4g}",
         flush=True,
     )
     return {
         "work": setup.work, "variant": label, "step_s": round(seconds, 4), "step_s_min": round(min(times), 4),
-        "step_s_max": round(max(times), 4), "peak_gib": round(reserved, 2), "allocated_gib": round(allocated, 2),
-        "micro_batch_tokens": setup.tokens, "tokens": tokens, "trained_tokens_per_s": round(tokens / seconds),
-        "mfu": round(useful / seconds / PEAK_FLOPS, 4), "halvings": limit.halvings,
+        "step_s_max": round(max(times), 4), "torch_reserved_gib": round(reserved, 2),
+        "torch_allocated_gib": round(allocated, 2), "micro_batch_tokens": setup.tokens, "tokens": tokens,
+        "trained_tokens_per_s": round(tokens / seconds), "mfu": mfu, "halvings": limit.halvings,
     }  # fmt: skip
 
 

@@ -41,6 +41,9 @@ def test_the_kernels_compute_what_torch_computes(n: int, k: int, dtype: torch.dt
 RIGS: dict[str, Callable[[], Rig]] = {
     "qwen3": functools.cache(lambda: quantised_rig(tiny_model("qwen3"), device="cuda")),
     "qwen3-int8": functools.cache(lambda: quantised_rig(tiny_model("qwen3"), head="int8", device="cuda")),
+    "llama-nf4": functools.cache(
+        lambda: quantised_rig(tiny_model("llama"), head="int8", embedding="nf4", device="cuda")
+    ),
     "llama-host": functools.cache(
         lambda: quantised_rig(tiny_model("llama"), head="int8", embedding="host", device="cuda")
     ),

@@ -13,6 +13,7 @@ import torch
 from engines import TARGETS, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     CohereConfig,
     Gemma2Config,
     GptOssConfig,
@@ -22,9 +23,11 @@ from transformers import (
     PretrainedConfig,
 )
 
+from strop import load_config
 from strop.errors import ModelError
 from strop.policy import lora
 from strop.policy.load import load_weights, open_model
+from strop.trainer.parts import prepare
 
 Edit = Callable[[Path], Any]
 
@@ -190,6 +193,40 @@ def test_the_same_types_without_the_setting_are_taken(folder: Path, make: Callab
     config = make()
     config.save_pretrained(folder)
     assert open_model(str(folder)).config.model_type == config.model_type
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma3n", "gemma4", "llama4", "qwen3_5", "fuyu"])
+def test_a_text_model_inside_of_another_is_refused(folder: Path, kind: str) -> None:
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    error = refused(folder)
+    assert f"`{kind}`" in error.message
+    assert "text-only" in error.hint
+    with pytest.raises(ModelError, match="takes text alone"):
+        prepare(load_config({"model": {"path": str(folder)}}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking"),
+    [
+        ("gpt2", "no `intermediate_size`"),
+        ("mamba", "no `num_attention_heads`"),
+        ("recurrent_gemma", "no `max_position_embeddings`"),
+        ("gemma3n_text", "has `intermediate_size` ["),
+        ("gemma4_text", "has `head_dim` "),
+    ],
+)
+def test_a_config_that_the_plan_cannot_read_is_refused_by_the_dimension(folder: Path, kind: str, lacking: str) -> None:
+    config = AutoConfig.for_model(kind)
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):  # refused before the plan looks at anything
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    config.eos_token_id = 1
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError) as caught:
+        prepare(load_config({"model": {"path": str(folder)}}))
+    assert f"`{kind}`" in caught.value.message
+    assert lacking in caught.value.message
+    assert "llama, mistral" in caught.value.hint
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import random
 import re
 import runpy
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen3Config
@@ -14,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Qwe
 from strop import load_config
 from strop.errors import ConfigError, PlanError
 from strop.memory.card import HEADROOM, CardNeeds
-from strop.memory.machine import Machine
+from strop.memory.machine import Machine, computes_bf16
 from strop.memory.plan import Plan, make_plan
-from strop.memory.probe import CardProcess, look_at_card
+from strop.memory.probe import CardProcess, can_pin, look_at_card
 from strop.memory.shapes import FUSED_MODELS, GIB, ModelShape
+from strop.policy.load import ModelSource
+from strop.trainer.parts import Prepared, without_pinned_memory
 
 ROOT = Path(__file__).parent.parent
 CARD_RECIPES = sorted((ROOT / "recipes" / "cards").glob("*.yaml"))
@@ -235,6 +238,7 @@ def test_a_cpu_counts_what_is_packed_and_pinned() -> None:
         ("transformers", QWEN_7B, {"model__embedding": "host"}),
         ("vllm", QWEN_7B, {"model__head": "int8", "model__share_weights": "copy"}),
         ("vllm", QWEN_1_5B, {"model__embedding": "host"}),
+        ("vllm", QWEN_1_5B, {"model__embedding": "nf4"}),
         ("vllm", QWEN_1_5B, {"model__embedding": "int8", "model__head": "16bit"}),
         ("vllm", GEMMA, {"model__head": "int8"}),
         ("vllm", QWEN_1_5B, {"lora__r": 0, "optim__master": "kahan", "model__dtype": "float32"}),
@@ -380,6 +384,90 @@ def test_who_holds_the_card_is_named_before_anything_is_loaded() -> None:
     reason = plan(held).as_dict()["memory_gib"]["reason"]
     assert "ollama" in reason
     assert "Xorg" not in reason
+
+
+def test_who_holds_the_card_is_named_where_a_run_would_fit_without() -> None:
+    def refusal(*processes: CardProcess, free: float = 4.2, **changes: Any) -> str:
+        held = Machine("cuda", "card", 16, int(free * GIB), True, 24 * GIB, processes)
+        with pytest.raises(PlanError) as error:
+            plan(held, **changes)
+        return str(error.value.hint)
+
+    ollama, silent, small = CardProcess(4242, "ollama", 10 * GIB), CardProcess(7, "game", None), CardProcess(9, "x", 99)
+    assert refusal(ollama, small).endswith("; or end what else uses the card: ollama (pid 4242) holds 10.0 GiB")
+    assert "game (pid 7) holds memory" in refusal(silent)
+    assert "with run.vram_gib: null: ollama" in refusal(ollama, run__vram_gib=3)
+    assert "end what" not in refusal(small)
+    assert "end what" not in refusal(ollama, model=QWEN_7B)
+    assert refusal(ollama, free=11, model=QWEN_7B, rollout__max_completion_length=1024).count("pid 4242") == 1
+    plan(Machine("cuda", "card", 16, int(14.2 * GIB), True, 24 * GIB))  # what the first advice comes to
+
+
+def test_a_card_without_bfloat16_trains_in_float16() -> None:
+    turing = Machine("cuda", "RTX 2080", 8, 8 * GIB, computes_bf16(SimpleNamespace(major=7, minor=5)))
+    assert plan(turing, model=QWEN_0_5B).dtype == "float16"
+    with pytest.raises(PlanError, match="RTX 2080") as error:
+        plan(turing, model=QWEN_0_5B, model__dtype="bfloat16")
+    assert "float16" in str(error.value.hint)
+    assert computes_bf16(SimpleNamespace(major=8, minor=6))
+
+
+def test_without_pinned_memory_the_smallest_recipe_holds_its_embedding_in_4_bits() -> None:
+    config = load_config(next(r for r in CARD_RECIPES if r.stem == "8gb-qwen2.5-7b"))
+    shape = ModelShape.from_config(QWEN_7B)
+    plans = []
+    for pins in (True, False):
+        card = Machine("cuda", "card", 8, 8 * GIB, True, pins=pins)
+        plans.append(make_plan(config, shape, card, engine="vllm", engine_reason="test"))
+    assert [(p.head, p.embedding, p.max_num_seqs) for p in plans] == [("int8", "host", 16), ("int8", "nf4", 8)]
+    assert "embedding in 4 bits" in plans[1].as_dict()["weights_gib"]["reason"]
+    weights = [p.as_dict()["weights_gib"]["value"] for p in plans]
+    assert weights[1] - weights[0] == pytest.approx(152064 * 3584 * 17 / 32 / GIB, abs=0.02)
+    # A run that began with pinned memory goes on without.
+    card = Machine("cuda", "card", 8, 8 * GIB, True, pins=False)
+    assert make_plan(config, shape, card, engine="vllm", engine_reason="", kept=plans[0].promise()).embedding == "nf4"
+    with pytest.raises(PlanError) as error:
+        plan(
+            card,
+            model=QWEN_7B,
+            **workload(2, 8, 320, 1024, **(SMALLEST | {"model__embedding": "int8"})),
+            run__vram_gib=6.9,
+        )
+    assert "run.vram_gib" in str(error.value.hint)
+
+
+def test_where_nothing_can_be_pinned_the_run_is_planned_again_before_it_is_loaded() -> None:
+    """On a machine without a card nothing can be pinned, whatever the plan says."""
+    if can_pin(1 << 20):
+        pytest.skip("host memory can be pinned here")
+    notes: list[str] = []
+
+    def planned(**changes: Any) -> Prepared:
+        config = load_config({}, [f"{k.replace('__', '.')}={v}" for k, v in (smallest | changes).items()])
+        first = make_plan(config, ModelShape.from_config(QWEN_7B), ROOMY, engine="vllm", engine_reason="")
+        assert first.embedding == "host"
+        source = ModelSource("7b", QWEN_7B, None, (0,))
+        return without_pinned_memory(Prepared(config, source, cast("Any", None), first, ROOMY), notes.append)
+
+    smallest = workload(2, 8, 320, 1024, run__vram_gib=7, **SMALLEST) | {"model__embedding": "auto"}
+    again = planned()
+    assert (again.plan.embedding, again.machine.pins) == ("nf4", False)
+    assert len(notes) == 1
+    assert "1.0 GiB" in notes[0]
+    assert "nf4" in notes[0]
+    with pytest.raises(PlanError, match="finds no host memory") as error:
+        planned(model__embedding="host")
+    assert str(error.value.hint).startswith("model.embedding: auto; ")
+    with pytest.raises(PlanError, match="and beside it") as error:
+        planned(run__vram_gib=6.6)
+    assert "run.vram_gib: 6.9" in str(error.value.hint)
+    with pytest.raises(PlanError, match="finds no host memory") as error:
+        planned(run__vram_gib=6.6, model__embedding="host")
+    assert str(error.value.hint).startswith("model.embedding: auto, and run.vram_gib: 6.9")
+    fits = make_plan(load_config({}, ["run.vram_gib=24"]), ModelShape.from_config(QWEN_1_5B), ROOMY, engine="vllm",
+                     engine_reason="")  # fmt: skip
+    plain = Prepared(load_config({}), ModelSource("x", QWEN_1_5B, None, (0,)), cast("Any", None), fits, ROOMY)
+    assert without_pinned_memory(plain, notes.append) is plain
 
 
 def test_a_card_that_the_driver_does_not_know_is_no_error() -> None:

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -38,6 +39,7 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**{k: v for k, v in SIZE.items() if k != "head_dim"}),
     "qwen3": lambda: Qwen3Config(**SIZE, tie_word_embeddings=True),
     "mistral-window": lambda: MistralConfig(**SIZE, sliding_window=7),
+    "gemma": lambda: GemmaConfig(**SIZE),
     "gemma3-window": lambda: Gemma3TextConfig(
         **SIZE, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from strop.config import OptimConfig
-from strop.policy import compact
+from strop.errors import CheckpointError
+from strop.policy import compact, optim
 from strop.policy.compact import BLOCK, CompactAdamW, Packed, code
 from strop.policy.optim import MasterAdamW, Optimizer, make_optimizer
 
@@ -71,6 +74,87 @@ def test_packed_state_follows_the_fp32_one(kind: tuple[bool, bool]) -> None:
         assert (ours[n] - exact[n]).norm() < (0.04 if kind[0] else 0.01) * moved, n
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_pieces_are_those_of_torch_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`w` and `norm` are cut in the middle; `v` has a gradient in every other step only."""
+    monkeypatch.setattr(optim, "PIECE", 100)
+    held = parameters(dtype)
+    ours = optimizer(held, None)
+    masters = {n: torch.nn.Parameter(p.detach().float().clone()) for n, p in held.items()}
+    groups: list[dict[str, Any]] = [
+        {"params": [m for m in masters.values() if (m.ndim == 2) == matrix]} for matrix in (True, False)
+    ]
+    groups[1]["weight_decay"] = 0.0
+    theirs = torch.optim.AdamW(groups, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    noise = torch.Generator().manual_seed(5)
+    for t in range(10):
+        for n, p in held.items():
+            gradient = torch.randn(p.shape, generator=noise).to(dtype)
+            p.grad = None if n == "v" and t % 2 else gradient
+            masters[n].grad = None if p.grad is None else gradient.float() * 0.7
+        ours.step(learning_rate=0.02, gradient_scale=0.7)
+        theirs.step()
+    state = ours.state_dict()
+    for n, m in masters.items():
+        assert torch.equal(state[f"master.{n}"], m)
+        assert torch.equal(held[n], m.to(dtype))
+        for key, value in theirs.state[m].items():
+            assert torch.equal(state[f"{key}.{n}"], value)
+
+
+def beside_a_large_channel(spread: float, density: float, kind: tuple[bool, bool] | None) -> tuple[torch.Tensor, float]:
+    """Make 200 steps on noisy gradients, every 16th value's `spread` times the others', a share of which is 0.
+
+    Returns the small values' path and their largest step in units of the learning rate.
+    """
+    p = torch.nn.Parameter(torch.zeros(4, BLOCK))
+    ours = optimizer({"w": p}, kind, decay=0.0)
+    noise = torch.Generator().manual_seed(1)
+    size = torch.ones(BLOCK)
+    size[::16] = spread
+    size *= 1e-3 / spread
+    small = size < 1e-3 if spread > 1 else torch.ones(BLOCK, dtype=torch.bool)
+    largest, path = 0.0, []
+    for _ in range(200):
+        there = torch.rand(p.shape, generator=noise) < density
+        p.grad = size * (torch.randn(p.shape, generator=noise) + 0.3) * (there | ~small)
+        before = p.detach().clone()
+        ours.step(learning_rate=1e-3, gradient_scale=1.0)
+        largest = max(largest, float((p.detach() - before)[:, small].abs().max()) / 1e-3)
+        path.append(p.detach()[:, small].clone())
+    return torch.stack(path), largest
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1], ids=["dense", "sparse"])
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0, 1000.0])
+def test_small_gradients_beside_large_ones_make_steps_of_the_learning_rate(spread: float, density: float) -> None:
+    exact, allowed = beside_a_large_channel(spread, density, None)
+    ours, largest = beside_a_large_channel(spread, density, (True, False))
+    assert allowed < 1.6
+    assert largest < 1.6
+    # Between rare gradients a moment shrinks by less than half of what two numbers are apart, and stays too large.
+    assert (ours - exact).norm() < (0.1 if density == 1.0 else 0.35) * exact.norm()
+
+
+def test_what_divides_is_0_only_where_every_gradient_was() -> None:
+    held = Packed.zeros(BLOCK, False, torch.device("cpu"))
+    values = torch.logspace(-30, 0, BLOCK)
+    values[7] = 0
+    held.pack(values)
+    assert torch.equal(held.unpack() == 0, values == 0)
+
+
+def test_moments_of_the_earlier_coding_are_refused() -> None:
+    held = parameters(torch.float32)
+    state = optimizer(held, (True, False)).state_dict()
+    old = {name.replace("exp_avg_sq_root", "exp_avg_sq"): value for name, value in state.items()}
+    before = {n: p.detach().clone() for n, p in held.items()}
+    with pytest.raises(CheckpointError, match="earlier version") as error:
+        optimizer(held, (True, False)).load_state_dict(old)
+    assert "lora.init_from" in error.value.hint
+    assert all(torch.equal(before[n], p) for n, p in held.items())
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compact_state_survives_a_restart_bit_for_bit(kind: tuple[bool, bool], dtype: torch.dtype) -> None:
@@ -110,7 +194,7 @@ def test_the_settings_choose_the_optimizer() -> None:
     held = parameters(torch.bfloat16)
     assert isinstance(make_optimizer(held, OptimConfig()), MasterAdamW)
     eight = make_optimizer(held, OptimConfig(name="adamw_8bit")).state_dict()
-    assert {k.split(".")[0] for k in eight} == {"parameter", "beside", "exp_avg", "exp_avg_sq", "steps"}
+    assert {k.split(".")[0] for k in eight} == {"parameter", "beside", "exp_avg", "exp_avg_sq_root", "steps"}
     assert eight["beside.w"].dtype == torch.float32
     kahan = make_optimizer(held, OptimConfig(master="kahan")).state_dict()
     assert kahan["beside.w"].dtype == torch.bfloat16

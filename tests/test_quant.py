@@ -91,14 +91,28 @@ def test_eight_bits_round_to_the_nearest_of_255_values(monkeypatch: pytest.Monke
     torch.testing.assert_close(int8.gather(packed, ids, torch.float32), plain[ids])
 
 
+@pytest.mark.parametrize("width", [64, 100, 128, 160])
+def test_an_embedding_in_4_bits_is_the_rows_of_the_unpacked_one(width: int) -> None:
+    packed = nf4.quantize(weight(50, width))
+    ids = torch.tensor([[3, 49, 3], [0, 7, 48]])
+    assert torch.equal(products.embedded(packed, ids, torch.float32), nf4.dequantize(packed, torch.float32)[ids])
+
+
 KERNELS = """
 import torch
 from strop.quant import int8, int8_triton, nf4, nf4_triton
-for m, n, k in ((5, 96, 100), (37, 130, 256)):
+for m, n, k in ((5, 96, 100), (37, 130, 256), (3, 34, 160), (2, 33, 192), (2, 5, 129)):
     w = nf4.quantize(torch.randn(n, k) * 0.02)
     x, bias = torch.randn(m, k).half(), torch.randn(n).half()
     plain = nf4.dequantize(w, torch.float16)
     assert torch.equal(nf4_triton.dequantize(w, torch.float16, asm=False), plain)
+    guarded, groups = torch.full((n * k + 256,), 7.0, dtype=torch.float16), nf4.groups_of(k)
+    nf4_triton._dequantize_kernel[(-(-n // 32), -(-groups // 4))](
+        w.packed, w.absmax.view(torch.int32), nf4_triton._table(x.device), guarded, n, k, groups, k,
+        ROWS=32, GROUPS=4, ASM=False,
+    )
+    assert torch.equal(guarded[: n * k].view(n, k), plain)
+    assert (guarded[n * k :] == 7.0).all(), k
     exact = x.float() @ plain.float().t() + bias.float()
     for splits in (1, 2):
         config = {"BM": 16, "BN": 64, "splits": splits, "warps": 4, "stages": 2, "asm": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from test_wiring import OPTIMIZER, config
 
 from strop import train
-from strop.errors import MemoryExhaustedError
+from strop.errors import CheckpointError, MemoryExhaustedError
+from strop.trainer import session as session_module
 from strop.trainer import update as update_module
 from strop.trainer.checkpoint import read_checkpoint, read_latest, write_checkpoint
+from strop.weights import SharedWeights
 
 
 def test_a_checkpoint_without_the_newer_numbers_of_the_plan_is_resumed(
@@ -80,3 +83,99 @@ def test_what_did_not_fit_is_kept_over_a_resume_and_the_advice_can_be_followed(
         out_of_memory_beyond(54, short)
         smaller = config(run=run | {"max_steps": 4}, optim={"micro_batch_tokens": 52})
         assert train(smaller, out=out, resume=True)["steps"] == 4
+
+
+def test_the_third_shortage_leaves_a_checkpoint_that_goes_on_with_smaller_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card runs short in step 3 of a run whose next checkpoint would be at step 5."""
+    out = tmp_path / "run"
+    given = config(run={"max_steps": 5, "save_steps": 5}, rollout={"num_generations": 8})
+    original, done, failed = update_module._backward, [], []
+
+    def backward(policy: Any, there: Any, *args: Any) -> Any:
+        size = there.batch.num_tokens
+        if len(done) >= 2 and size > (failed[-1] // 3 if failed else 0):
+            failed.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        done.append(size)
+        return original(policy, there, *args)
+
+    with monkeypatch.context() as short:
+        short.setattr(update_module, "_backward", backward)
+        with pytest.raises(MemoryExhaustedError, match="at a time"):
+            train(given, out=out)
+    assert len(failed) == 3
+    assert "checkpoint-2 holds everything up to step 2" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["stopped"] == "failed"
+    limit = read_checkpoint(out / "checkpoint-2").state["micro_batch_limit"]
+    assert limit == failed[-1] // 2
+    with monkeypatch.context() as short:
+        sizes = out_of_memory_beyond(10_000, short)
+        assert train(given, out=out, resume=True)["steps"] == 5
+    assert f"at most {limit} tokens long" in capsys.readouterr().out
+    assert max(sizes) <= max(limit, 28)  # or a single completion with its prompt
+    assert max(done) > 100
+
+
+def fail(*args: Any, **more: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("strop.policy.policy.check_packed_forward", "loaded: CUDA out of memory$"),
+        ("strop.policy.lora.inject", "loaded: CUDA out of memory$"),
+        ("strop.trainer.opening.make_optimizer", "optimizer's state was allocated: CUDA out of memory$"),
+    ],
+)
+def test_a_shortage_at_the_start_says_what_was_being_done(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(name, fail)
+    with pytest.raises(MemoryExhaustedError) as error:
+        train(config(lora={"r": 4}), out=tmp_path / "run")
+    assert re.search(message, error.value.message)
+    assert "run.vram_gib" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("strop.policy.optim.MasterAdamW._step_piece", "the optimizer's own step"),
+        ("strop.weights.SharedWeights.publish", "took over the new weights"),
+        ("strop.engine.transformers_engine.TransformersEngine.restore_memory", "while training"),
+    ],
+)
+def test_no_checkpoint_is_written_of_weights_that_belong_to_no_step(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shortage comes in the first step; the weights are published once before it."""
+    out, original = tmp_path / "run", SharedWeights.publish
+    calls: list[SharedWeights] = []
+
+    def publish(weights: SharedWeights) -> int:
+        calls.append(weights)
+        return original(weights) if len(calls) < 2 else fail()
+
+    monkeypatch.setattr(name, publish if name.endswith("publish") else fail)
+    with pytest.raises(MemoryExhaustedError, match=said):
+        train(config(run={"max_steps": 2}), out=out)
+    assert "the weights have changed since the last whole step" in capsys.readouterr().out
+    assert read_latest(out) is None
+
+
+def test_a_shortage_is_told_even_where_no_checkpoint_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr("strop.engine.transformers_engine.TransformersEngine.generate", fail)
+
+    def full(*args: Any, **more: Any) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(session_module, "write_checkpoint", full)
+    with pytest.raises(MemoryExhaustedError, match="completions were generated"):
+        train(config(), out=out)
+    assert "could be written after the shortage: the disk is full" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from strop.policy import lora
 from strop.policy.load import load_weights, open_model
 from strop.policy.optim import MasterAdamW
 from strop.policy.policy import Policy
-from strop.trainer.update import MicroBatchLimit, update
+from strop.trainer.update import FORGIVEN_AFTER, MAX_HALVINGS, MicroBatchLimit, update
 from strop.types import MicroBatch, Sample, StepStats
 
 TEMPERATURE = 0.7
@@ -304,26 +304,56 @@ def test_the_third_shortage_of_a_run_ends_it_and_leaves_the_weights_alone() -> N
     step(policy, optimizer, batches)
     before = snapshot(policy, optimizer)
     shortage = Shortage(policy, tokens=0)
+    limit = MicroBatchLimit()
+    told: list[bool] = []
     with pytest.raises(MemoryExhaustedError, match="at a time") as caught:
-        update(policy, optimizer, batches, ObjectiveConfig(), learning_rate=0.1, max_grad_norm=1.0)
+        update(
+            policy, optimizer, batches, ObjectiveConfig(), learning_rate=0.1, max_grad_norm=1.0, limit=limit,
+            on_step=lambda: told.append(True),
+        )  # fmt: skip
     assert shortage.raised == 3
+    assert told == []
+    assert limit.tokens is not None
+    assert limit.tokens <= batches[0].num_tokens // 8 + 1
     for setting in ("run.vram_gib", "rollout.max_completion_length", "optim.micro_batch_tokens"):
         assert setting in caught.value.hint
     assert_bit_equal(before, snapshot(policy, optimizer))
     assert all(p.grad is None for p in policy.trainable.values())
 
 
+def test_shortages_that_lie_far_apart_do_not_add_up() -> None:
+    (batch,) = pack(new_samples(), 10_000)
+    limit = MicroBatchLimit()
+    for shortage in range(MAX_HALVINGS + 2):
+        limit.halve([batch], batch, "test")
+        for _ in range(FORGIVEN_AFTER):
+            limit.fitted()
+        assert limit.halvings == 0, f"after shortage {shortage + 1}"
+    assert limit.within(10_000) == batch.num_tokens // 2
+    for _ in range(MAX_HALVINGS):
+        limit.halve([batch], batch, "test")
+        for _ in range(FORGIVEN_AFTER - 1):
+            limit.fitted()
+    with pytest.raises(MemoryExhaustedError):
+        limit.halve([batch], batch, "test")
+
+
 def test_an_optimizer_without_room_for_its_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = new_policy()
     optimizer = MasterAdamW(policy.trainable, **ADAM)
 
-    def fail() -> None:
+    def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(optimizer._adamw, "step", fail)
+    monkeypatch.setattr(optimizer, "_step_piece", fail)
+    told: list[bool] = []
     with pytest.raises(MemoryExhaustedError, match="optimizer") as caught:
-        step(policy, optimizer, pack(new_samples(), 10_000))
+        update(
+            policy, optimizer, pack(new_samples(), 10_000), ObjectiveConfig(), learning_rate=0.1, max_grad_norm=1.0,
+            on_step=lambda: told.append(True),
+        )  # fmt: skip
     assert "adamw_8bit" in caught.value.hint
+    assert told == [True]
 
 
 def test_a_single_completion_that_does_not_fit_ends_the_run_at_once() -> None:

@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"\\?\$?\s*(-?[\d,]*\.?\d+)\s*(?:\\?%|\\text.*)?\.?")
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """Read the options that `card.py` gives to every contender."""
+    """Read the options that `run.py` gives to every contender."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workload", required=True)
     parser.add_argument("--model", required=True)
@@ -27,6 +27,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--events", type=Path, required=True, help="file that events are appended to")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1e9, help="L1: end training after this long")
+    parser.add_argument("--evaluate", type=int, default=1, help="L1: 0 leaves the held-out evaluations out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--checkpointing", type=int, default=1)
@@ -83,8 +84,10 @@ def boxed_number_is(text: str, answer: str) -> float:
 
 
 def held_out(llm: Any, tokenizer: Any, folder: str, **generate: Any) -> dict[str, float]:
-    """Return greedy and sampled accuracy of a vLLM engine on the whole test split."""
+    """Return greedy and sampled accuracy of a vLLM engine on the whole test split, and the seconds that took."""
     from vllm import SamplingParams
+
+    begin = time.time()
 
     rows = gsm8k_rows(folder, "test")
     texts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
@@ -94,4 +97,4 @@ def held_out(llm: Any, tokenizer: Any, folder: str, **generate: Any) -> dict[str
         outputs = llm.generate(texts, params, use_tqdm=False, **generate)
         hits = [boxed_number_is(o.outputs[0].text, r["answer"]) for o, r in zip(outputs, rows, strict=True)]
         result[name] = sum(hits) / len(hits)
-    return result
+    return result | {"seconds": time.time() - begin}

@@ -1,4 +1,4 @@
-"""A workload through Strop: writes a config, trains by the public function, and reports from the run's own files."""
+"""A workload through Strop: writes a config, trains by the loop's own steps, and reports from the run's own files."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def config_for(work: Workload, model: str, data: str | None, folder: Path, steps
         common["rewards"] = {"funcs": [f"{HERE / 'contender.py'}:boxed_number"], "length_shaping": "none"}
         common["objective"] = {"loss_type": "dapo", "epsilon_high": 0.28, "mask_truncated_completions": True}
         common["optim"] = {"learning_rate": 5e-5, "warmup_steps": 3}
+        _make_small(common, work)
         common["run"] |= {"eval_num_problems": 1319, "eval_num_generations": 1, "eval_temperature": 0.0}
         return common
     rows = folder / "prompts.jsonl"
@@ -44,21 +45,38 @@ def config_for(work: Workload, model: str, data: str | None, folder: Path, steps
     common["rewards"] = {"funcs": [f"{HERE / 'synthetic_reward.py'}:by_digest"], "check": False,
                          "length_shaping": "none"}  # fmt: skip
     common["optim"] = {"learning_rate": 1e-5, "warmup_steps": 3}
-    if work.vram_gib < 8 and work.shape == "7b":  # as in recipes/cards, so that all completions decode at once
-        common["model"] |= {"head": "int8", "embedding": "host"}
-        common["optim"]["name"] = "adamw_8bit"
+    _make_small(common, work)
     return common
 
 
-def sampled_accuracy(session: Any) -> float | None:
-    """Return accuracy on the held-out rows with one completion each at temperature 1."""
-    from strop.trainer.evaluate import evaluate
+def _make_small(config: dict[str, Any], work: Workload) -> None:
+    """As in recipes/cards, so that all completions decode at once."""
+    if work.smallest:
+        # L1's model has one tensor for head and embedding, so that int8 holds both, and on the card.
+        config["model"] |= {"head": "int8", "embedding": "auto" if work.shape is None else "host"}
+        config["optim"]["name"] = "adamw_8bit"
+
+
+def accuracy(session: Any, temperature: float) -> float | None:
+    """Return accuracy on the held-out rows with one completion each; None where nothing could be scored."""
+    from strop.trainer.evaluate import UnscoredError, evaluate
 
     config = session.config
-    run = config.run.model_copy(update={"eval_temperature": 1.0, "eval_num_generations": 1})
+    run = config.run.model_copy(update={"eval_temperature": temperature, "eval_num_generations": 1})
     parts = dataclasses.replace(session.parts, config=config.model_copy(update={"run": run}))
-    found = evaluate(parts)
+    try:
+        found = evaluate(parts, tick=session.progress.tick)
+    except UnscoredError as e:
+        session.progress.note(e.message)
+        return None
     return None if found is None else found.pass_at_1
+
+
+def report_held_out(session: Any, events: Events, when: str) -> None:
+    """Measure greedy and sampled accuracy, and write both with the time that took."""
+    begin = time.time()
+    greedy, sampled = accuracy(session, 0.0), accuracy(session, 1.0)
+    events.write("held_out", when=when, greedy=greedy, sampled=sampled, seconds=time.time() - begin)
 
 
 def main() -> None:
@@ -70,26 +88,26 @@ def main() -> None:
     from strop.trainer.loop import train_step
     from strop.trainer.opening import open_session
 
+    evaluates = work.shape is None and bool(given.evaluate)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         mapping = config_for(work, given.model, given.data, Path(scratch), given.steps, given.seed)
         with open_session(load_config(mapping), out, resume=False) as session:
             events.write("ready")
-            session.evaluate_before()
-            before = sampled_accuracy(session) if work.shape is None else None
+            if evaluates:
+                report_held_out(session, events, "before")
             session.start_clock()
             start = time.time()
             while session.state.step < given.steps and time.time() - start < given.seconds:
                 began = time.time()
                 train_step(session)
-                events.write("step", seconds=time.time() - began)
-            after = sampled_accuracy(session) if work.shape is None else None
-            summary = session.finish()
+                now = time.time()
+                events.write("step", seconds=now - began, since=now - start, reward=session.state.reward)
+            if evaluates:
+                report_held_out(session, events, "after")
+            summary = session.summarise("finished", None)
         rows = read_metrics(out / "metrics.jsonl")
         plan = json.loads((out / "plan.json").read_text())
-    if work.shape is None:
-        for when, sampled in (("before", before), ("after", after)):
-            events.write("held_out", when=when, greedy=summary[f"eval_{when}"]["pass@1"], sampled=sampled)
     events.write("metrics", rows=rows, summary=summary, plan={k: v["value"] for k, v in plan.items()})
 
 

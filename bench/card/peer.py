@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,9 +42,94 @@ def grpo_arguments(work: Workload, given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def clock(events: Events, seconds: float) -> Any:
-    """Return a TrainerCallback that writes each step's time and ends training after `seconds`."""
+class Meter:
+    """Times what TRL's trainer does within a step, from outside; what it cannot find stays unknown.
+
+    `rollout` is all that happens before training: completions (`generate`, with weights handed over: `publish`),
+    rewards, and the log-probabilities of the policy that sampled.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._rewards: list[float] = []
+        self._generated: int | None = None
+        self._to_train: int | None = None
+        self._generations = 1
+
+    def reward(self, function: Callable[..., list[float]]) -> Callable[..., list[float]]:
+        """Return the reward function, listened to."""
+
+        @functools.wraps(function)
+        def heard(*args: Any, **kwargs: Any) -> list[float]:
+            result = function(*args, **kwargs)
+            self._rewards += result
+            return result
+
+        return heard
+
+    def watch(self, trainer: Any, num_generations: int) -> None:
+        """Put a clock around the trainer's methods."""
+        self._generations = num_generations
+        self._time(trainer, "_generate_and_score_completions", "rollout")
+        self._time(trainer, "_generate_single_turn", "generate", self._count)
+        self._time(getattr(trainer, "vllm_generation", None), "sync_weights", "publish")
+
+    def begin(self) -> None:
+        """Forget what came before a step."""
+        self._seconds, self._rewards, self._generated, self._to_train = {}, [], None, None
+
+    def step(self, seconds: float) -> dict[str, float | None]:
+        """Return what is known of a step that took so long."""
+        took = self._seconds
+        found: dict[str, float | None] = {"reward": sum(self._rewards) / len(self._rewards) if self._rewards else None}
+        if "generate" in took:
+            found["generate_s"] = took["generate"] - took.get("publish", 0.0)
+            found |= {"publish_s": took["publish"]} if "publish" in took else {}
+        if "rollout" in took:
+            found["train_s"] = seconds - took["rollout"]
+            found |= {"prepare_s": took["rollout"] - took["generate"]} if "generate" in took else {}
+        return found | {"generated_tokens": self._generated, "trained_tokens": self._to_train}
+
+    def _time(self, owner: Any, name: str, key: str, after: Callable[..., None] | None = None) -> None:
+        method = getattr(owner, name, None)
+        if not callable(method):
+            return
+
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            synchronize()
+            begin = time.perf_counter()
+            result = method(*args, **kwargs)
+            synchronize()
+            self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - begin
+            if after is not None:
+                after(result, *args, **kwargs)
+            return result
+
+        setattr(owner, name, timed)
+
+    def _count(self, result: Any, prompt_ids: Any = (), *_: Any, **__: Any) -> None:
+        """Count tokens; a prompt, which comes once per completion, counts once, since more is never needed."""
+        try:
+            generated = sum(len(ids) for ids in result[0])
+            prompts_once = sum(len(ids) for ids in prompt_ids) // self._generations
+        except (TypeError, LookupError, AttributeError) as e:
+            print(f"the tokens of a step could not be counted: {e!r}", flush=True)
+            return
+        self._generated = (self._generated or 0) + generated
+        self._to_train = (self._to_train or 0) + generated + prompts_once
+
+
+def synchronize() -> None:
+    """Wait for the card, where there is one."""
     import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def clock(events: Events, seconds: float, meter: Meter) -> Any:
+    """Return a TrainerCallback that writes each step's time and ends training after `seconds`."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -54,13 +140,16 @@ def clock(events: Events, seconds: float) -> Any:
             self.start = time.time()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
+            synchronize()
+            meter.begin()
             self.began = time.time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            torch.cuda.synchronize()
-            events.write("step", seconds=time.time() - self.began)
-            control.should_training_stop |= time.time() - self.start > seconds
+            synchronize()
+            now = time.time()
+            took, since = now - self.began, now - self.start
+            events.write("step", seconds=took, since=since, **meter.step(took))
+            control.should_training_stop |= since > seconds
 
     return Clock()
 

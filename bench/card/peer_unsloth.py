@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contender import LORA, Events, arguments, held_out, quiet_environment
-from peer import clock, context_length, grpo_arguments, rows_and_reward, write_logged
+from peer import Meter, clock, context_length, grpo_arguments, rows_and_reward, write_logged
 from workloads import WORKLOADS
 
 
@@ -20,23 +20,28 @@ def main() -> None:
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
         model, r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=LORA["target_modules"],
-        use_gradient_checkpointing="unsloth", random_state=given.seed,
+        use_gradient_checkpointing="unsloth" if given.checkpointing else False, random_state=given.seed,
     )  # fmt: skip
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     rows, reward = rows_and_reward(work, given)
+    meter = Meter()
+    # TRL's default would switch it on again.
+    without = {} if given.checkpointing else {"gradient_checkpointing": False}
     trainer = GRPOTrainer(
-        model=model, processing_class=tokenizer, reward_funcs=[reward], args=GRPOConfig(**grpo_arguments(work, given)),
-        train_dataset=Dataset.from_list(rows), callbacks=[clock(events, given.seconds)],
+        model=model, processing_class=tokenizer, reward_funcs=[meter.reward(reward)],
+        args=GRPOConfig(**grpo_arguments(work, given), **without), train_dataset=Dataset.from_list(rows),
+        callbacks=[clock(events, given.seconds, meter)],
     )  # fmt: skip
     events.write("ready")
-    learns = work.shape is None
-    if learns:
+    meter.watch(trainer, work.num_generations)
+    evaluates = work.shape is None and bool(given.evaluate)
+    if evaluates:
         events.write("held_out", when="before", **held_out(model.vllm_engine, tokenizer, given.data))
     trainer.train()
     write_logged(events, trainer.state.log_history)
-    if learns:
+    if evaluates:
         folder = "/tmp/strop-bench-peer/adapter"
         model.save_lora(folder)
         model.vllm_engine.reset_prefix_cache()

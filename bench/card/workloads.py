@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,25 @@ class Workload:
     vram_gib: float
     mean_completion: int | None = None
     """Mean length where lengths vary: the random model then ends a completion with this expectation."""
+    smallest: bool = False
+    """Strop's settings for the smallest card: int8 head, embedding in host memory (one that is tied to the head: in
+    int8 with it), 8-bit optimizer state."""
+    peers: bool = True
+    """Whether others can be given the same."""
 
 
 WORKLOADS = {
     w.id: w
     for w in (
         Workload("L1", "GSM8K, a real 0.5B model, bf16 LoRA", None, 16, 8, 400, 400, "none", 24),
+        Workload("L1-NF4", "L1 with NF4 QLoRA", None, 16, 8, 400, 400, "nf4", 24),
+        Workload("L1-W6", "L1 under W6's settings", None, 16, 8, 400, 400, "nf4", 7.0, smallest=True, peers=False),
         Workload("W1", "1.5B bf16 LoRA", "1.5b", 8, 8, 256, 1024, "none", 24),
         Workload("W2", "7B NF4 QLoRA", "7b", 4, 8, 256, 1024, "nf4", 24),
         Workload("W3", "1.5B NF4 QLoRA, as small as possible", "1.5b", 2, 8, 256, 1024, "nf4", 4.5),
         Workload("W4", "1.5B bf16 LoRA, long shared prompt", "1.5b", 4, 8, 2048, 512, "none", 24),
         Workload("W5", "1.5B bf16 LoRA, mixed lengths", "1.5b", 8, 16, 256, 1024, "none", 24, mean_completion=400),
-        Workload("W6", "7B NF4 QLoRA on an 8 GB card", "7b", 2, 8, 256, 1024, "nf4", 7.0),
+        Workload("W6", "7B NF4 QLoRA on an 8 GB card", "7b", 2, 8, 256, 1024, "nf4", 7.0, smallest=True),
     )
 }
 """W1 to W6 have random weights: speed and memory do not depend on values."""
@@ -55,8 +63,12 @@ WORKLOADS = {
 
 def linear_parameters(shape: str) -> int:
     """Weights of the linears of all layers and of the output head: what a token is multiplied with."""
-    s = SHAPES[shape]
-    hidden, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
-    head_dim = hidden // s["num_attention_heads"]
-    attention = hidden * head_dim * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
-    return layers * (attention + 3 * hidden * inner) + s["vocab_size"] * hidden
+    return linear_parameters_of(SHAPES[shape])
+
+
+def linear_parameters_of(config: Mapping[str, Any]) -> int:
+    """The same by a model's config.json. Raises KeyError where it names its sizes otherwise than Qwen and Llama do."""
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    attention = hidden * head_dim * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
+    return layers * (attention + 3 * hidden * inner) + config["vocab_size"] * hidden

@@ -77,7 +77,7 @@ class Section(BaseModel):
 
 
 HeadFormat = Literal["16bit", "int8"]
-EmbeddingPlace = Literal["card", "host", "int8"]
+EmbeddingPlace = Literal["card", "host", "int8", "nf4"]
 
 
 class ModelConfig(Section):
@@ -92,9 +92,9 @@ class ModelConfig(Section):
     head: Literal["auto", "16bit", "int8"] = "auto"
     """Output head: `int8` halves its memory, with less effect than rounding to bf16; of a tied model the embedding is
     held like it. `auto`: int8 where the run would not fit otherwise."""
-    embedding: Literal["auto", "card", "host", "int8"] = "auto"
-    """Input embedding: on the card, in pinned host memory (none of the card's; not for a tied model), or in 8 bits.
-    `auto`: on the card where it fits."""
+    embedding: Literal["auto", "card", "host", "int8", "nf4"] = "auto"
+    """Input embedding: on the card, in pinned host memory (none of the card's), in 8 bits or in 4; a tied model's only
+    like its head. `auto`: on the card where it fits, else in host memory, or in few bits where none can be pinned."""
     share_weights: Literal["require", "copy"] = "require"
     """`copy`: with vLLM the trainer holds the weights a second time, for a model whose weights cannot be shared."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"

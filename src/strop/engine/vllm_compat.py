@@ -6,9 +6,11 @@ has moved. Nothing outside `engine/` imports vLLM.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
+from types import CodeType, FrameType
 from typing import Any
 
 from ..errors import EngineError
@@ -246,6 +248,24 @@ def _count_ranks_eagerly() -> None:
         return (x >= values).sum(-1)
 
     setattr(sampler, "batched_count_greater_than", count)  # noqa: B010 (not in the module's public names)
+
+
+def forget_kept_errors(caller: CodeType) -> None:
+    """Drop the tracebacks of errors that were raised below a call of `caller` and are kept by somebody.
+
+    Symptom: no engine's memory is ever free again in its process. vLLM keeps the error of importing an optional package
+    (torchcodec) in a placeholder, and its traceback keeps the frames of the import and of all that led to it, which
+    hold the engine and the trainer's model. Seen in 0.32 (multimodal/media/audio.py). Nothing is found while vLLM hides
+    objects from the garbage collector, until its last engine is shut down. Can go when placeholders keep no traceback.
+    """
+    for each in gc.get_objects():
+        if not issubclass(type(each), BaseException) or each.__traceback__ is None:
+            continue
+        frame: FrameType | None = each.__traceback__.tb_frame
+        while frame is not None and frame.f_code is not caller:
+            frame = frame.f_back
+        if frame is not None:
+            each.__traceback__ = None
 
 
 def _expect(module: Any, name: str) -> None:

@@ -341,6 +341,7 @@ class VllmEngine:
             for llm in VllmEngine._parked:
                 llm.engine_core.shutdown()
             VllmEngine._parked.clear()
+            vllm_compat.forget_kept_errors(VllmEngine.__init__.__code__)
         self._adapter_request = None
         del self._llm, self._core, self._runner, self._scheduler
         gc.collect()

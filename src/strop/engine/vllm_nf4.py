@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ..errors import EngineError
 from ..quant import int8, nf4, products
 from ..quant.bnb import merged
 
@@ -41,7 +42,7 @@ def arguments(
     """Return what EngineArgs needs to load a 16-bit or bitsandbytes checkpoint by this method.
 
     `linear` asks for NF4 in the linear layers except those in `kept`; `head` is `16bit` or `int8`, `embedding` `card`,
-    `host` or `int8`; `random` fills in random weights; `most` tokens are decoded at a time.
+    `host`, `int8` or `nf4`; `random` fills in random weights; `most` tokens are decoded at a time.
     """
     settings = {"quant_method": METHOD, "linear": linear, "kept": list(kept), "head": head, "embedding": embedding,
                 "random": random, "most": most}  # fmt: skip
@@ -97,9 +98,8 @@ class StropNf4Config(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return Int8Rows(self.random) if self.head == "int8" else None
         if isinstance(layer, VocabParallelEmbedding):
-            if self.embedding == "int8":
-                return Int8Rows(self.random)
-            return HostRows() if self.embedding == "host" else None
+            rows = {"int8": lambda: Int8Rows(self.random), "nf4": lambda: Nf4Rows(self.random), "host": HostRows}
+            return rows[self.embedding]() if self.embedding in rows else None
         return None
 
     def skips(self, name: str) -> bool:
@@ -248,11 +248,54 @@ class Int8Rows(QuantizeMethodBase):
         return head
 
 
+class Nf4Rows(QuantizeMethodBase):
+    """An input embedding in NF4."""
+
+    def __init__(self, random: bool) -> None:
+        self._random = random
+
+    def create_weights(self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
+        """Allocate codes and scales; `weight_args` are vLLM's (columns, [rows], columns, rows)."""
+        columns, (rows,) = weight_args[0], weight_args[1]
+        groups = nf4.groups_of(columns)
+        packed = torch.nn.Parameter(torch.zeros(rows, nf4.BLOCK * groups, dtype=torch.uint8), requires_grad=False)
+        layer.register_parameter("weight", packed)
+        layer.register_buffer("weight_absmax", torch.zeros(rows, 2 * groups, dtype=torch.float16), persistent=False)
+        held: Any = layer
+        held.nf4 = nf4.Nf4(packed.data, held.weight_absmax, columns)
+        self._dtype: torch.dtype = extra_weight_attrs["params_dtype"]
+
+        def load(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+            _fill(held.nf4.rows(0, len(loaded)), loaded)
+
+        packed.weight_loader = load  # type: ignore[attr-defined]
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Fill random weights, where they were asked for."""
+        held: Any = layer
+        if self._random:
+            held.nf4.packed.random_(0, 256)
+            held.nf4.absmax.uniform_(0.0, 0.05)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Raise ValueError: an output head is held in 8 bits at least."""
+        raise ValueError("an input embedding in 4 bits gives no logits")
+
+    def embedding(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the rows of the token ids `args[0]`."""
+        held: Any = layer
+        return products.embedded(held.nf4, args[0], self._dtype)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Raise ValueError: a head is held in 8 bits at least."""
+        raise ValueError("the output head is tied to the embedding, which cannot be in 4 bits then")
+
+
 class HostRows(UnquantizedEmbeddingMethod):
     """An input embedding in pinned host memory, read by the card row by row through its own address space."""
 
     def create_weights(self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:  # type: ignore[override]
-        """Allocate the rows; on a CPU this is an ordinary embedding. Raises ValueError where nothing can be pinned."""
+        """Allocate the rows; on a CPU this is an ordinary embedding. Raises EngineError where nothing can be pinned."""
         if torch.empty(0).device.type != "cuda":
             super().create_weights(layer, *weight_args, **extra_weight_attrs)
             return
@@ -263,7 +306,10 @@ class HostRows(UnquantizedEmbeddingMethod):
             # The card's view keeps no reference to it, the layer has to.
             host = torch.zeros(rows, columns, dtype=extra_weight_attrs["params_dtype"], device="cpu", pin_memory=True)
         except RuntimeError as e:
-            raise ValueError(f"no pinned host memory for the input embedding ({e}); model.embedding int8 fits") from e
+            raise EngineError(
+                f"no host memory can be pinned for the input embedding of {rows} rows of {columns}: {e}",
+                hint="model.embedding: int8 or nf4 hold it on the card; `strop plan` says whether that fits",
+            ) from e
         held: Any = layer
         held.host_rows = host
         held.weight = torch.nn.Parameter(get_accelerator_view_from_cpu_tensor(host), requires_grad=False)

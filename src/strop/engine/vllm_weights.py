@@ -46,7 +46,7 @@ def _quantised_views(name: str, module: Any, parts: list[str] | None) -> dict[st
     parent = name.rpartition(".")[0]
     views = {}
     for leaf in ("packed", "absmax"):
-        tensor: torch.Tensor = getattr(module.nf4, leaf)
+        tensor: torch.Tensor = getattr(module.nf4, leaf)[: getattr(module, "org_vocab_size", None)]
         if parts is None:
             views[f"{name}.{leaf}"] = tensor
             continue

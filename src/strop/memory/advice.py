@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config import Config
+from ..config import Config, EmbeddingPlace
 from ..errors import PlanError
 from .machine import Machine
 from .shapes import GIB
@@ -65,7 +65,8 @@ def _candidates(
     shorter = (changed(config, rollout__max_completion_length=length), f"rollout.max_completion_length: {length}")
     if length >= SLIGHT * config.rollout.max_completion_length:
         yield shorter
-    others = list(_other_training(config, packs=packs, tied=tied, on_card=on_card))
+    away: EmbeddingPlace = "host" if machine.pins else "nf4"
+    others = list(_other_training(config, packs=packs, tied=tied, on_card=on_card, away=away))
     for settings, hint in others:
         yield changed(config, **settings), hint
     if length:
@@ -91,8 +92,13 @@ def _least_dial(config: Config, machine: Machine, fits: Callable[[Config], bool]
     return high / 10 if high < most else 0.0
 
 
-def _other_training(config: Config, *, packs: bool, tied: bool, on_card: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield kinds of training that need less: each change by itself, the mildest first, then several together."""
+def _other_training(
+    config: Config, *, packs: bool, tied: bool, on_card: bool, away: EmbeddingPlace
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield kinds of training that need less: each change by itself, the mildest first, then several together.
+
+    `away` is the input embedding that takes the least of the card.
+    """
     changes: list[tuple[dict[str, Any], str]] = []
     if on_card and config.optim.name == "adamw":
         changes.append(({"optim__name": "adamw_8bit"}, "optim.name: adamw_8bit"))
@@ -104,8 +110,8 @@ def _other_training(config: Config, *, packs: bool, tied: bool, on_card: bool) -
         ))  # fmt: skip
     if on_card and config.model.quantization == "none" and config.lora.r:
         changes.append(({"model__quantization": "nf4"}, "model.quantization: nf4 holds the linear layers in 4 bits"))
-    if on_card and packs and not tied and config.model.embedding != "host":
-        changes.append(({"model__embedding": "host"}, "model.embedding: host"))
+    if on_card and packs and not tied and config.model.embedding not in ("host", away):
+        changes.append(({"model__embedding": away}, f"model.embedding: {away}"))
     if on_card and packs and config.model.head != "int8":
         changes.append(({"model__head": "int8"}, "model.head: int8"))
     if on_card and config.model.quantization == "none" and not config.lora.r:

@@ -32,6 +32,10 @@ LOGIT_BYTES = 512 << 20
 LOGIT_ROW_STEP = 128
 ADAMW_8BIT_BYTES = 2.03
 """Both moments of a value in 8 bits, with their scales (policy/optim.py)."""
+STEP_VALUES = 1 << 25
+"""Values that AdamW with fp32 moments and masters steps at a time (policy/optim.py); their gradients are fp32."""
+COMPACT_STEP = (1 << 22, 33)
+"""Values that the other optimizers unpack at a time (policy/compact.py), and bytes of one at the peak."""
 NF4_PREFILL_BYTES = 144 << 20
 """A prefill step of more than 256 tokens unpacks 4-bit weights in pieces of this size (engine/vllm_nf4.py)."""
 MAX_MICRO_BATCH = 32768
@@ -151,10 +155,42 @@ class CardNeeds:
         return rows * self.shape.vocab_size * BYTES[self.dtype]
 
     def training(self, tokens: int, checkpointed: int, rows: int) -> int:
-        """Peak of forward and backward over a micro-batch."""
-        return (
-            int(FRAGMENTATION * tokens * self.bytes_per_token(checkpointed)) + self.logits(rows) + self.unpacked(rows)
-        )
+        """Peak of forward, backward and the optimizer's step with micro-batches of `tokens` tokens."""
+        backward = max(int(FRAGMENTATION * tokens * each) + more for each, more in self._moments(checkpointed))
+        return max(backward + self.logits(rows) + self.unpacked(rows), self.stepping)
+
+    def fitting_tokens(self, room: int, checkpointed: int, rows: int) -> int:
+        """Most tokens of a micro-batch with which `training` takes no more than `room` bytes; 0 where none do."""
+        if room < self.stepping:
+            return 0
+        left = room - self.logits(rows) - self.unpacked(rows)
+        return max(0, min(int((left - more) / FRAGMENTATION) // each for each, more in self._moments(checkpointed)))
+
+    def _moments(self, checkpointed: int) -> tuple[tuple[int, int], ...]:
+        """(bytes per token, further bytes) at each moment of backward that may be its peak.
+
+        With all weights trained the head comes first: its gradient adds up in fp32 and is then rounded (policy/
+        logprobs.py). A tied one waits for the embedding's share while the layers run, whose block makes its gradients
+        beside those that are there.
+        """
+        s, in_layer, size = self.shape, self.bytes_per_token(checkpointed), BYTES[self.dtype]
+        if self.config.lora.r:
+            return ((in_layer, 0),)
+        layer = s.layer_bytes_per_token(self.dtype, fused=s.fused)
+        head = s.vocab_size * s.hidden_size
+        attention = s.linear_parameters // s.num_layers - 3 * s.hidden_size * s.intermediate_size
+        block = max(attention, 3 * s.hidden_size * s.intermediate_size)
+        waiting = head if s.tied_embeddings else 0
+        return (in_layer - layer, head * (4 + size)), (in_layer, (block + waiting) * size)
+
+    @property
+    def stepping(self) -> int:
+        """What the optimizer's step takes when nothing of backward is there any more, beside `trained`."""
+        optim, rank = self.config.optim, self.config.lora.r
+        count = self.shape.lora_parameters(rank) if rank else self.shape.num_parameters
+        if optim.name == "adamw_8bit" or optim.master == "kahan":
+            return COMPACT_STEP[1] * min(count, COMPACT_STEP[0])
+        return 0 if rank or self.dtype == "float32" else 4 * min(count, STEP_VALUES)
 
     def unpacked(self, rows: int) -> int:
         """Weights in few bits that training unpacks: the largest linear at a time, the head in pieces of 8192 rows."""
@@ -277,12 +313,11 @@ def _training(needs: CardNeeds, room: int) -> _Training | None:
 def _fastest(needs: CardNeeds, room: int, rows: int) -> _Training | None:
     optim, layers = needs.config.optim, needs.shape.num_layers
     most = max(needs.max_len, min(needs.step_tokens, MAX_MICRO_BATCH))
-    left = room - needs.logits(rows) - needs.unpacked(rows)
     pinned = None if optim.checkpoint_layers is None else min(optim.checkpoint_layers, layers)
     packed = needs.config.model.quantization == "nf4"
     best: _Training | None = None
     for count in range(layers + 1) if pinned is None else (pinned,):
-        fitting = int(left / FRAGMENTATION) // needs.bytes_per_token(count)
+        fitting = needs.fitting_tokens(room, count, rows)
         tokens = optim.micro_batch_tokens or min(most, fitting)
         if not needs.max_len <= tokens <= fitting:
             continue

@@ -3,7 +3,8 @@
 torch counts what it has reserved, and refuses an allocation beyond its cap. Two things stand between that count and the
 card's: memory that torch does not know of (CUDA context, loaded kernels, library workspaces), which is measured and
 taken off; and the KV cache, which torch still counts after the engine has unmapped it, so that the cap is raised by
-those bytes while training and lowered again before they are mapped.
+those bytes while training and lowered again before they are mapped. The same holds for the process' peak: of each phase
+it is torch's own, less what was unmapped, and what lies beside torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LATE_BYTES = 64 << 20
 
 
 class VramDial:
-    """The cap of this process on one card."""
+    """The cap of this process on one card, and its peak."""
 
     def __init__(self, cap_bytes: int, *, free_bytes: int) -> None:
         """Cap the process at `cap_bytes`; `free_bytes` were free on the card before this process used it."""
@@ -30,14 +31,45 @@ class VramDial:
         self._free_before = free_bytes
         self._beside = 0
         self._phases = 0
+        self._released = 0
+        self._peak = 0
+        # Older releases of torch cannot tell; nothing else of ours sets it.
+        getter = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+        self._fraction_before = float(getter()) if getter is not None else 1.0
         self.rollouts()
 
     def rollouts(self) -> None:
-        """Cap for rollouts, with the KV cache mapped."""
-        self._limit(released=0)
+        """Cap for rollouts, with the KV cache mapped; call it before it is mapped again."""
+        self._end_phase()
+        if self._released:
+            # As the engine does before it maps the cache: what training left is no part of a rollout's peak.
+            torch.cuda.empty_cache()
+        self._begin_phase(released=0)
 
     def training(self, released: int) -> None:
         """Cap for training while `released` bytes of the KV cache are unmapped."""
+        self._end_phase()
+        self._begin_phase(released)
+
+    def close(self) -> None:
+        """Take the cap off: whoever called goes on with what it allowed itself before."""
+        torch.cuda.set_per_process_memory_fraction(self._fraction_before)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that this process has held on the card since the dial was made.
+
+        What torch had reserved at the peaks of its phases, without what was unmapped then, and what lies beside torch
+        as it was measured in the first phases: later kernels, some tens of MB, are not in it.
+        """
+        return max(self._peak, torch.cuda.max_memory_reserved() - self._released) + self._beside
+
+    def _end_phase(self) -> None:
+        self._peak = max(self._peak, torch.cuda.max_memory_reserved() - self._released)
+
+    def _begin_phase(self, released: int) -> None:
+        self._released = released
+        torch.cuda.reset_peak_memory_stats()
         self._limit(released)
 
     def _limit(self, released: int) -> None:

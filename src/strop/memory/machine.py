@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import platform
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .pace import card_flops
 from .probe import CardProcess, card_uuid, look_at_card
+from .shapes import GIB
+
+VISIBLE_BYTES = GIB // 2
+"""Another process on the card is worth a line from here on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,21 @@ class Machine:
     """Who else holds memory of the card, as far as the driver says."""
     flops: float = 0.0
     """A card's peak for 16-bit products in FLOP/s; 0 where unknown."""
+    pins: bool = True
+    """Whether a gigabyte of host memory can be pinned for the card."""
+
+    @property
+    def others(self) -> str:
+        """Processes that hold much of the card, or that the driver does not say it of, in words."""
+        return ", ".join(str(p) for p in self.processes if p.memory_bytes is None or p.memory_bytes >= VISIBLE_BYTES)
+
+    def without_others(self) -> Machine:
+        """Return the machine as it would be with this process alone on the card."""
+        sizes = [p.memory_bytes for p in self.processes]
+        held = sum(s for s in sizes if s is not None)
+        # Where the driver is silent, all that is not free is theirs.
+        free = self.total_bytes if None in sizes else min(self.total_bytes, self.memory_bytes + held)
+        return replace(self, memory_bytes=max(free, self.memory_bytes), processes=())
 
 
 def detect_machine() -> Machine:
@@ -41,10 +61,19 @@ def detect_machine() -> Machine:
         use = look_at_card(card_uuid())
         free, total = torch.cuda.mem_get_info() if use is None else (use.free_bytes, use.total_bytes)
         others = use.processes if use is not None else ()
-        bf16, flops = torch.cuda.is_bf16_supported(), card_flops(properties)
-        return Machine("cuda", properties.name, cores, free, bf16, total, others, flops)
+        bf16, flops = computes_bf16(properties), card_flops(properties)
+        pins = "microsoft" not in platform.release().lower()  # WSL has little of it
+        return Machine("cuda", properties.name, cores, free, bf16, total, others, flops, pins)
     available = min(psutil.virtual_memory().available, _container_memory())
     return Machine("cpu", f"CPU with {cores} cores", cores, available, True)
+
+
+def computes_bf16(properties: Any) -> bool:
+    """Whether a card has bfloat16 itself, by torch's device properties: from capability 8.0 on.
+
+    torch's own question says yes for Turing as well, which emulates it and which vLLM refuses, and may make a context.
+    """
+    return bool(properties.major >= 8)
 
 
 def _container_memory() -> int:

@@ -15,9 +15,6 @@ from .machine import Machine
 from .shapes import BYTES, GIB, ModelShape
 from .vocabulary import can_pack, check_vocabulary, vocabulary_ways
 
-VISIBLE_BYTES = GIB // 2
-"""Another process on the card is worth a line from here on."""
-
 
 @dataclass(frozen=True, slots=True)
 class PlanItem:
@@ -88,13 +85,13 @@ def make_plan(
     kept = kept if kept is not None and kept.get("device") == machine.device else {}
     check_vocabulary(config, shape, engine)
 
-    def plan(candidate: Config) -> Plan:
+    def plan(candidate: Config, on: Machine = machine) -> Plan:
         """Take the first way to hold head and embedding that fits."""
-        ways = list(vocabulary_ways(candidate, shape, machine, engine=engine, kept=kept or {}))
+        ways = list(vocabulary_ways(candidate, shape, on, engine=engine, kept=kept or {}))
         for head, embedding in ways:
             held = changed(candidate, model__head=head, model__embedding=embedding)
             try:
-                return _Planning(held, shape, machine, engine, engine_reason, kept or {}).plan(asked=candidate)
+                return _Planning(held, shape, on, engine, engine_reason, kept or {}).plan(asked=candidate)
             except PlanError:
                 if (head, embedding) == ways[-1]:
                     raise
@@ -106,7 +103,16 @@ def make_plan(
         if e.hint:
             raise
         packs, tied = can_pack(engine, config, shape), shape.tied_embeddings
-        raise PlanError(e.message, hint=cheapest_change(config, machine, plan, packs=packs, tied=tied)) from None
+        hint = cheapest_change(config, machine, plan, packs=packs, tied=tied)
+        if machine.others and "run.vram_gib" not in hint:
+            try:
+                plan(changed(config, run__vram_gib=None), machine.without_others())
+            except PlanError:
+                pass
+            else:
+                dial = ", with run.vram_gib: null" if config.run.vram_gib else ""
+                hint = f"{hint}; or end what else uses the card{dial}: {machine.others}"
+        raise PlanError(e.message, hint=hint) from None
 
 
 class _Planning:
@@ -231,6 +237,7 @@ def card_items(needs: CardNeeds, numbers: CardNumbers, *, kept: bool) -> Iterato
         gib(n.fixed_bytes + n.training_bytes + held),
         (
             "activations of a micro-batch, one layer's gradients, a chunk of logits"
+            + ("" if config.lora.r else ", the head's gradient in fp32")
             + ("" if n.release_kv else ", beside the KV cache")
         ),
     )
@@ -252,7 +259,9 @@ def _weights_reason(needs: CardNeeds) -> str:
     head = "in 8 bits" if model.head == "int8" else f"in {needs.dtype}"
     if shape.tied_embeddings:
         return f"the base {times}: {linears}, embedding and head are one, {head}"
-    where = {"card": f"in {needs.dtype}", "int8": "in 8 bits", "host": "in host memory"}[model.embedding]
+    where = {"card": f"in {needs.dtype}", "int8": "in 8 bits", "nf4": "in 4 bits", "host": "in host memory"}[
+        model.embedding
+    ]
     return f"the base {times}: {linears}, head {head}, embedding {where}"
 
 
@@ -281,6 +290,10 @@ def _pinned_layers(needs: CardNeeds) -> str:
 
 
 def _dtype(config: Config, machine: Machine) -> tuple[str, str]:
+    if config.model.dtype == "bfloat16" and not machine.supports_bf16:
+        raise PlanError(
+            f"model.dtype is bfloat16, which {machine.name} does not compute with", hint="model.dtype: auto, or float16"
+        )
     if config.model.dtype != "auto":
         return config.model.dtype, "model.dtype"
     if machine.device == "cpu":
@@ -312,12 +325,11 @@ def _max_model_len(config: Config, shape: ModelShape) -> tuple[int, str]:
 
 
 def _memory_reason(config: Config, machine: Machine) -> str:
-    others = ", ".join(str(p) for p in machine.processes if (p.memory_bytes or 0) >= VISIBLE_BYTES)
     if machine.device == "cuda" and config.run.vram_gib:
         return "run.vram_gib: the whole process, engine and trainer"
     if config.run.vram_gib:
         return "what is free now; run.vram_gib is for a card and not used here"
-    return f"what is free now; {others}" if others else "what is free now"
+    return f"what is free now; {machine.others}" if machine.others else "what is free now"
 
 
 def _memory_budget(config: Config, machine: Machine) -> int:

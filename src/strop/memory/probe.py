@@ -77,6 +77,17 @@ def look_at_card(uuid: str) -> CardUse | None:
         nvml.nvmlShutdown()
 
 
+def can_pin(num_bytes: int) -> bool:
+    """Whether so much host memory can be locked for a card; torch keeps it for the next tensor of that size."""
+    import torch
+
+    try:
+        torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return False
+    return True
+
+
 def card_uuid() -> str:
     """Return the name that NVML knows CUDA's first card by; makes no CUDA context."""
     import torch

@@ -5,12 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ModelError
 from ..types import allowed_rank
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FUSED_MODELS = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma3_text"})
+FUSED_MODELS = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text"})
 """Model types that the policy trains as fused blocks on a card (policy/fused.py)."""
+PLAIN_TYPES = ", ".join(sorted(FUSED_MODELS))
+
+
+def _dimension(config: Any, name: str, otherwise: int | None = None) -> int:
+    """Return a config's number; `otherwise` where it has none. Raises ModelError."""
+    try:
+        value = getattr(config, name, None)
+    except Exception as e:  # a dimension that differs between layers raises an error of the config's own
+        value = type(e).__name__
+    value = otherwise if value is None else value
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = f"no `{name}`" if value is None else f"`{name}` {value!r}"[:100]
+    raise ModelError(
+        f"the config of a model of type `{config.model_type}` has {found}; the memory plan needs one positive number "
+        "for all layers",
+        hint=f"model.path: choose a text decoder built like Llama, such as one of type {PLAIN_TYPES}",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +54,22 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """Read a transformers config of a Llama-like decoder."""
-        heads = config.num_attention_heads
+        """Read a transformers config of a Llama-like decoder.
+
+        Raises ModelError naming a dimension that the config does not have, or has as something else than one number.
+        """
+        heads = _dimension(config, "num_attention_heads")
+        hidden = _dimension(config, "hidden_size")
         return cls(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            num_layers=_dimension(config, "num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=_dimension(config, "intermediate_size"),
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            tied_embeddings=bool(config.tie_word_embeddings),
-            max_positions=config.max_position_embeddings,
+            num_kv_heads=_dimension(config, "num_key_value_heads", heads),
+            head_dim=_dimension(config, "head_dim", hidden // heads),
+            vocab_size=_dimension(config, "vocab_size"),
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            max_positions=_dimension(config, "max_position_embeddings"),
             fused=config.model_type in FUSED_MODELS,
             head_norms=config.model_type in ("qwen3", "gemma3_text"),
             scaled_embedding=config.model_type.startswith("gemma"),
@@ -94,11 +117,12 @@ class ModelShape:
         linears = self.linear_parameters * BYTES[dtype]
         if quantization == "nf4":
             linears = self.linear_parameters * 17 // 32
+        nf4 = self.vocab_size * self.hidden_size * 17 // 32
         plain, int8 = self.vocab_size * self.hidden_size * BYTES[dtype], self.vocab_size * (self.hidden_size + 4)
         heads = int8 if head == "int8" else plain
         if self.tied_embeddings:
             return linears + heads
-        return linears + heads + {"card": plain, "int8": int8, "host": 0}[embedding]
+        return linears + heads + {"card": plain, "int8": int8, "nf4": nf4, "host": 0}[embedding]
 
     def layer_bytes_kept(self, dtype: str, *, fused: bool = False, lora_rank: int = 0) -> int:
         """What a layer keeps per token for backward.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,10 +11,9 @@ from .machine import Machine
 from .shapes import ModelShape
 
 _BOTH: tuple[HeadFormat, EmbeddingPlace] = ("int8", "int8")
-_APART: dict[EmbeddingPlace, list[tuple[HeadFormat, EmbeddingPlace]]] = {
-    "host": [("16bit", "host"), ("int8", "host")],
-    "int8": [("16bit", "int8"), _BOTH],
-}
+_PINNED: list[tuple[HeadFormat, EmbeddingPlace]] = [("16bit", "host"), ("int8", "host")]
+_ON_CARD: list[tuple[HeadFormat, EmbeddingPlace]] = [("16bit", "int8"), _BOTH, ("int8", "nf4")]
+_NEVER_TIED = ("host", "nf4")
 
 
 def can_pack(engine: str, config: Config, shape: ModelShape) -> bool:
@@ -42,7 +40,7 @@ def check_vocabulary(config: Config, shape: ModelShape, engine: str) -> None:
             f"{packed[0]} is asked for; this model's embedding multiplies its rows and is held in 16 bits only",
             hint="model.head: auto and model.embedding: auto",
         )
-    if shape.tied_embeddings and (model.embedding == "host" or model.head == "16bit"):
+    if shape.tied_embeddings and (model.embedding in _NEVER_TIED or model.head == "16bit"):
         raise PlanError(
             f"the model uses one tensor for embedding and output head: {' and '.join(packed)} cannot be had with "
             f"model.head {model.head}",
@@ -55,25 +53,23 @@ def vocabulary_ways(
 ) -> Iterator[tuple[HeadFormat, EmbeddingPlace]]:
     """Yield the ways to hold output head and input embedding that the settings allow, the plainest first.
 
-    A resumed run goes on with what it began with.
+    A resumed run goes on with what it began with, unless that needs pinned memory and there is none any more.
     """
     head, embedding = config.model.head, config.model.embedding
     if head == "auto" and "head" in kept:
         head = kept["head"]
-    if embedding == "auto" and "embedding" in kept:
+    if embedding == "auto" and "embedding" in kept and (kept["embedding"] != "host" or machine.pins):
         embedding = kept["embedding"]
     packs = machine.device == "cuda" and can_pack(engine, config, shape) and bool(config.lora.r)
-    # WSL pins no memory.
-    apart: EmbeddingPlace = "int8" if "microsoft" in platform.release().lower() else "host"
     ways: list[tuple[HeadFormat, EmbeddingPlace]] = [("16bit", "card")]
     if packs and shape.tied_embeddings:
         ways.append(("int8", "int8"))
     elif packs:
-        ways += _APART[apart]
+        ways += _PINNED if machine.pins else _ON_CARD
     seen: set[tuple[HeadFormat, EmbeddingPlace]] = set()
     for plain_head, plain_embedding in ways:
         way = (plain_head if head == "auto" else head, plain_embedding if embedding == "auto" else embedding)
-        if shape.tied_embeddings and "int8" in way and head != "16bit" and embedding != "host":
+        if shape.tied_embeddings and "int8" in way and head != "16bit" and embedding not in _NEVER_TIED:
             way = _BOTH  # one tensor
         if way not in seen:
             seen.add(way)

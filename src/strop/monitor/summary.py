@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 StopReason = Literal["finished", "interrupted", "paused", "stopped", "diverged", "failed"]
-"""`interrupted` by a signal; `paused` and `stopped` by a monitor; `failed` by the canary."""
+"""`interrupted` by a signal; `paused` and `stopped` by a monitor; `failed` by the canary or for want of memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,13 @@ Bytes per trained value, without its gradient:
 
 Moments are kept blockwise (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861): 256
 values share the largest of them as fp32, and each is the nearest of 256 numbers that lie dense for large values and
-reach down seven decades for small ones. A compensated parameter p has c = master - p in its own dtype (Kahan 1965):
-together 16 bits of mantissa for bf16, so that an update of 2^-15 of a weight still counts. No pinned memory is used and
-nothing leaves the device; a few thousand values at a time are fp32.
+reach down seven decades for small ones. Of the second moment the root is kept: it is what divides, and it spans as many
+decades as gradients do. As it is, it would span twice as many and be 0 where a gradient is below 1/4000 of its block's
+largest, and a step there some hundred times the learning rate.
+
+A compensated parameter p has c = master - p in its own dtype (Kahan 1965): together 16 bits of mantissa for bf16, so
+that an update of 2^-15 of a weight still counts. No pinned memory is used and nothing leaves the device; a few thousand
+values at a time are fp32.
 """
 
 # The multi-tensor functions are torch's own and have no public name.
@@ -21,14 +25,36 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import CheckpointError
+
 BLOCK = 256
 PIECE = 1 << 22
-"""Values that are unpacked at a time: some 100 MB of fp32."""
+"""Values that are unpacked at a time; at the peak of a step one takes 33 bytes, 132 MiB in all."""
+
+Part = tuple[str, int, int]
+"""(parameter, first value, end): values of a parameter, counted as if it were flat."""
+
+
+def cut(sizes: Iterable[tuple[str, int]], most: int) -> list[list[Part]]:
+    """Cut parameters of so many values into pieces of up to `most` values, in order."""
+    pieces: list[list[Part]] = []
+    free = 0
+    for name, end in sizes:
+        start = 0
+        while start < end:
+            if not free:
+                pieces.append([])
+                free = most
+            stop = min(end, start + free)
+            pieces[-1].append((name, start, stop))
+            free -= stop - start
+            start = stop
+    return pieces
 
 
 @functools.cache
@@ -78,11 +104,16 @@ class Packed:
         return _blocks(values).mul_(self.largest[:, None]).flatten()[: len(values)]
 
     def pack(self, values: torch.Tensor) -> None:
-        """Replace the vector by [n] fp32, each value rounded to the nearest number of its block."""
+        """Replace the vector by [n] fp32, each value rounded to the nearest number of its block.
+
+        An unsigned value that is not 0 does not become 0: what is divided by it would have no bound.
+        """
         rows = _blocks(values)
         torch.amax(rows.abs(), dim=1, out=self.largest)
         unit = rows / self.largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        index = torch.bucketize(unit, _middles(self.signed, values.device))
+        index = torch.bucketize(unit, _middles(self.signed, values.device), out_int32=True)
+        if not self.signed:
+            index = torch.maximum(index, unit > 0)
         self.codes.copy_(index.flatten()[: len(values)])
 
 
@@ -96,10 +127,10 @@ def _blocks(values: torch.Tensor) -> torch.Tensor:
 class _Piece:
     """Up to `PIECE` values of the parameters of one kind, and their state."""
 
-    parts: list[tuple[str, int, int]]
-    """(parameter, first value, end)."""
+    parts: list[Part]
     decay: float
     moments: tuple[Packed, Packed] | tuple[torch.Tensor, torch.Tensor]
+    """The first, and the second: packed its root."""
 
 
 class CompactAdamW:
@@ -124,27 +155,11 @@ class CompactAdamW:
                 flat = p.detach().flatten()
                 self._beside[name] = torch.zeros_like(flat) if compensated else flat.float()
         # Norms and biases are not decayed, as everywhere.
-        kinds = (([n for n, p in self._parameters.items() if p.ndim >= 2], weight_decay),
-                 ([n for n, p in self._parameters.items() if p.ndim < 2], 0.0))  # fmt: skip
-        self._pieces = [piece for names, decay in kinds for piece in self._cut(names, decay)]
+        kinds = (([(n, p.numel()) for n, p in self._parameters.items() if p.ndim >= 2], weight_decay),
+                 ([(n, p.numel()) for n, p in self._parameters.items() if p.ndim < 2], 0.0))  # fmt: skip
+        self._pieces = [self._piece(parts, decay) for sizes, decay in kinds for parts in cut(sizes, PIECE)]
 
-    def _cut(self, names: list[str], decay: float) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        parts: list[tuple[str, int, int]] = []
-        free = PIECE
-        for name in names:
-            start, end = 0, self._parameters[name].numel()
-            while start < end:
-                stop = min(end, start + free)
-                parts.append((name, start, stop))
-                free -= stop - start
-                start = stop
-                if not free:
-                    pieces.append(self._piece(parts, decay))
-                    parts, free = [], PIECE
-        return [*pieces, self._piece(parts, decay)] if parts else pieces
-
-    def _piece(self, parts: list[tuple[str, int, int]], decay: float) -> _Piece:
+    def _piece(self, parts: list[Part], decay: float) -> _Piece:
         n = sum(end - start for _, start, end in parts)
         device = self._parameters[parts[0][0]].device
         if self._eight_bit:
@@ -169,13 +184,15 @@ class CompactAdamW:
         beta1, beta2 = self._betas
         grad = torch.cat([self._gradient(*part) for part in piece.parts]).mul_(gradient_scale)
         first, second = (m.unpack() if isinstance(m, Packed) else m for m in piece.moments)
+        if self._eight_bit:
+            second.square_()
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        for packed, values in zip(piece.moments, (first, second), strict=True):
+        root = second.sqrt()
+        for packed, values in zip(piece.moments, (first, root), strict=True):
             if isinstance(packed, Packed):
                 packed.pack(values)
-        root = math.sqrt(1 - beta2**self._steps)
-        denominator = second.sqrt().div_(root).add_(self._eps)
+        denominator = root.div_(math.sqrt(1 - beta2**self._steps)).add_(self._eps)
         master = torch.cat([self._master(*part) for part in piece.parts])
         master.mul_(1 - learning_rate * piece.decay)
         master.addcdiv_(first, denominator, value=-learning_rate / (1 - beta1**self._steps))
@@ -210,11 +227,15 @@ class CompactAdamW:
             p.grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return all that a resumed run needs: parameters, what stands beside them, packed moments, step count."""
+        """Return all that a resumed run needs: parameters, what stands beside them, packed moments, step count.
+
+        What is packed of the second moment is named for what it is: `exp_avg_sq_root`.
+        """
         state = {f"parameter.{name}": p.detach() for name, p in self._parameters.items()}
         state |= {f"beside.{name}": value for name, value in self._beside.items()}
         for i, piece in enumerate(self._pieces):
-            for kind, moment in zip(("exp_avg", "exp_avg_sq"), piece.moments, strict=True):
+            second = "exp_avg_sq_root" if self._eight_bit else "exp_avg_sq"
+            for kind, moment in zip(("exp_avg", second), piece.moments, strict=True):
                 if isinstance(moment, Packed):
                     state[f"{kind}.codes.{i}"], state[f"{kind}.largest.{i}"] = moment.codes, moment.largest
                 else:
@@ -223,8 +244,17 @@ class CompactAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned, into the same storage."""
+        """Restore what `state_dict` returned, into the same storage.
+
+        Raises CheckpointError for 8-bit moments of a version that coded them otherwise.
+        """
         own = self.state_dict()
+        if "exp_avg_sq.codes.0" in state:
+            raise CheckpointError(
+                "the checkpoint's 8-bit moments are those of an earlier version, whose coding made steps far too large",
+                hint="start again with --out ANOTHER_FOLDER, and from these weights: lora.init_from: the checkpoint's "
+                "folder, or with lora.r: 0 model.path: that folder",
+            )
         for name, target in own.items():
             if name != "steps":
                 target.copy_(state[name])

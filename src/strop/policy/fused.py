@@ -1,9 +1,9 @@
-"""A decoder's layers as two differentiable blocks each, for models built like Llama or Gemma 3.
+"""A decoder's layers as two differentiable blocks each, for models built like Llama, Gemma or Gemma 3.
 
     attention block   x + o(attention(rope(norm(q, k)), v))   with q, k, v of rms_norm(x)
     MLP block         x + down(silu(gate) * up)               with gate, up of rms_norm(x)
 
-Gemma 3 has gelu in the place of silu, 1 + w in the place of a norm's weight w, and a norm before each sum.
+Gemma has gelu in the place of silu and 1 + w in the place of a norm's weight w; Gemma 3 also a norm before each sum.
 
 Each block is one autograd function that saves what it cannot cheaply compute again: its input, q, k, v, the
 attention's output and log-sum-exp; its input, gate and up. Norms and the product before `down` are computed again in
@@ -30,7 +30,7 @@ from .linears import Factors, Grads, Linears
 from .lora import LoraLinear
 
 _LLAMA_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral"})
-_GEMMA_TYPES = frozenset({"gemma3_text"})
+_GEMMA_TYPES = frozenset({"gemma", "gemma3_text"})
 _SILU = frozenset({"silu", "swish"})
 _GELU = frozenset({"gelu_pytorch_tanh"})
 
@@ -75,13 +75,18 @@ class _Norm:
         return [(grad.float() * normed).flatten(0, -2).sum(0).to(self._module.weight.dtype)]
 
 
+def _norms_sums(layer: Any) -> bool:
+    """Whether a layer has a norm before each sum."""
+    return hasattr(layer, "pre_feedforward_layernorm")
+
+
 class _Attention:
     """The modules of an attention block, and its numbers."""
 
     def __init__(self, layer: Any, *, gemma: bool) -> None:
         module = layer.self_attn
         self.norm = _Norm(layer.input_layernorm, plus_one=gemma)
-        self.after = _Norm(layer.post_attention_layernorm, plus_one=True) if gemma else None
+        self.after = _Norm(layer.post_attention_layernorm, plus_one=True) if _norms_sums(layer) else None
         self.qkv = Linears([module.q_proj, module.k_proj, module.v_proj])
         self.output = Linears([module.o_proj])
         self.size = int(module.head_dim)
@@ -92,7 +97,7 @@ class _Attention:
         # Mistral has its window in the config.
         holder = module.config if module.config.model_type == "mistral" else module
         self.window: int | None = getattr(holder, "sliding_window", None)
-        self.kind: str | None = module.layer_type if gemma else None
+        self.kind: str | None = module.layer_type if _norms_sums(layer) else None
         norms = [n for n in (self.norm, *self.head_norms, self.after) if n is not None]
         self.parameters = [p for part in (*norms, self.qkv, self.output) for p in part.parameters]
 
@@ -178,9 +183,10 @@ class _Mlp:
     """The modules of an MLP block."""
 
     def __init__(self, layer: Any, *, gemma: bool) -> None:
-        before = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
+        four = _norms_sums(layer)
+        before = layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm
         self.norm = _Norm(before, plus_one=gemma)
-        self.after = _Norm(layer.post_feedforward_layernorm, plus_one=True) if gemma else None
+        self.after = _Norm(layer.post_feedforward_layernorm, plus_one=True) if four else None
         self.gelu = gemma
         self.gate_up = Linears([layer.mlp.gate_proj, layer.mlp.up_proj])
         self.down = Linears([layer.mlp.down_proj])
@@ -307,7 +313,7 @@ def _layer(x: torch.Tensor, attend: _Attention, mlp: _Mlp, row: _Row) -> torch.T
 
 
 def fuse(model: Any) -> FusedDecoder | None:
-    """Return the fused form of a Llama, Qwen2, Qwen3, Mistral or Gemma 3 model, None for any other.
+    """Return the fused form of a Llama, Qwen2, Qwen3, Mistral, Gemma or Gemma 3 model, None for any other.
 
     To be called when adapters are in place and it is settled what is trained.
     """
@@ -322,11 +328,11 @@ def _fits(layer: Any, *, gemma: bool) -> bool:
     """Whether a layer holds the modules that the blocks know, and no others that compute."""
     attn, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     names = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    names |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"} if gemma else set()
+    names |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"} if _norms_sums(layer) else set()
     if attn is None or mlp is None or {name for name, _ in layer.named_children()} != names:
         return False
     config = getattr(mlp, "config", None)
-    activation = getattr(config, "hidden_activation" if gemma else "hidden_act", None)
+    activation = getattr(config, "hidden_activation" if _norms_sums(layer) else "hidden_act", None)
     changes = ("attn_logit_softcapping", "use_bidirectional_attention") if gemma else ()
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
     head_norms = {"q_norm", "k_norm"}

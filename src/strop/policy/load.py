@@ -145,7 +145,14 @@ def _check_architecture(path: str, config: Any) -> None:
             f"model `{path}` is of type `{config.model_type}`, a text decoder is needed",
             hint="model.path: choose a causal language model such as Llama, Qwen, Mistral or Gemma",
         )
-    for left_out in _left_out(config.get_text_config()):
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"model `{path}` is of type `{config.model_type}`, a text decoder inside of a model for other inputs as "
+            "well; one that takes text alone is needed",
+            hint="model.path: give a text-only checkpoint, whose config.json names a model_type such as "
+            "gemma3_text, llama, mistral, qwen2 or qwen3",
+        )
+    for left_out in _left_out(config):
         raise ModelError(
             f"model `{path}` is of type `{config.model_type}` with {left_out}, which the trainer's log-probabilities "
             "would leave out",

@@ -1,7 +1,7 @@
 """The trainer's layers on quantised weights: views of the engine's tensors, in the place of transformers' own layers.
 
     Nf4Linear       y = x W^T + b         W unpacked once forward and once backward, kept in neither
-    Int8Embedding   row of W              Int8Head   logits = h W^T
+    Int8Embedding, Nf4Embedding   row of W              Int8Head   logits = h W^T
 
 Weights are frozen, so the only gradient is that of the input, dx = dy W, and nothing is saved for it.
 """
@@ -60,6 +60,24 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         layer: Nf4Linear = ctx.layer
         return products.input_gradient(grad, layer.quantized), None
+
+
+class Nf4Embedding(torch.nn.Module):
+    """A frozen input embedding in NF4."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+
+    def __init__(self, weight: Nf4, compute_dtype: torch.dtype) -> None:
+        """Hold views of `weight`'s tensors."""
+        super().__init__()
+        self.in_features, self.compute_dtype = weight.in_features, compute_dtype
+        self.register_buffer("packed", weight.packed, persistent=False)
+        self.register_buffer("absmax", weight.absmax, persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., H]."""
+        return products.embedded(Nf4(self.packed, self.absmax, self.in_features), ids, self.compute_dtype)
 
 
 class _Int8Rows(torch.nn.Module):
@@ -123,7 +141,7 @@ def held_as(source: ModelSource, settings: ModelConfig) -> tuple[HeadFormat, Emb
     embedding: EmbeddingPlace = "card" if settings.embedding == "auto" else settings.embedding
     if not source.config.get_text_config().tie_word_embeddings or (head, embedding) == ("16bit", "card"):
         return head, embedding
-    if head == "16bit" or embedding == "host":
+    if head == "16bit" or embedding in ("host", "nf4"):
         raise ModelError(
             f"model `{source.path}` uses one tensor for embedding and output head; model.embedding {embedding} cannot "
             f"be had with model.head {head}",
@@ -139,7 +157,7 @@ def load_model(source: ModelSource, settings: ModelConfig, dtype: torch.dtype, d
     only vLLM's engine holds.
     """
     packed = {"NF4 checkpoints": source.packed, "model.head int8": settings.head == "int8",
-              "model.embedding": settings.embedding in ("host", "int8")}  # fmt: skip
+              "model.embedding": settings.embedding not in ("auto", "card")}  # fmt: skip
     refused = [name for name, asked in packed.items() if asked]
     if refused:
         raise ModelError(
@@ -180,7 +198,7 @@ def adopt(model: torch.nn.Module, views: Mapping[str, torch.Tensor], dtype: torc
 
 def quantised_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     """Return the tensors that hold a model's quantised weights, statistics included."""
-    layers = [m for m in model.modules() if isinstance(m, Nf4Linear | Int8Embedding | Int8Head)]
+    layers = [m for m in model.modules() if isinstance(m, Nf4Linear | Nf4Embedding | Int8Embedding | Int8Head)]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
@@ -189,6 +207,9 @@ def _nf4_layer(
 ) -> torch.nn.Module:
     plain = _module(model, name)
     packed, absmax = views[f"{name}.packed"], views[f"{name}.absmax"]
+    # A subclass may scale its rows, as Gemma's does.
+    if type(plain) is torch.nn.Embedding and packed.shape[0] == plain.num_embeddings:
+        return Nf4Embedding(Nf4(packed, absmax, plain.embedding_dim), dtype)
     if not isinstance(plain, torch.nn.Linear) or packed.shape[0] != plain.out_features:
         raise _mismatch(name, packed, plain)
     return Nf4Linear(Nf4(packed, absmax, plain.in_features), plain.bias, dtype)

@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch.optim.adamw import adamw
 
 from ..config import OptimConfig
-from .compact import CompactAdamW
+from .compact import CompactAdamW, Part, cut
+
+PIECE = 1 << 25
+"""Values that are stepped at a time: their gradients in fp32 are 128 MiB, and smaller pieces leave a card waiting."""
 
 
 class Optimizer(Protocol):
@@ -71,15 +75,20 @@ class MasterAdamW:
             name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
             for name, p in self._parameters.items()
         }
-        # Norms and biases are not decayed, as everywhere.
-        decayed = [m for m in self._masters.values() if m.ndim >= 2]
-        others = [m for m in self._masters.values() if m.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._betas, self._eps = betas, eps
+        masters = {name: master.detach() for name, master in self._masters.items()}
+        self._first = {name: torch.zeros_like(master) for name, master in masters.items()}
+        self._second = {name: torch.zeros_like(master) for name, master in masters.items()}
         # On a card one kernel for many tensors; on a CPU plain arithmetic, tensor by tensor.
-        self._fused = all(m.device.type == "cuda" for m in self._masters.values())
-        self._adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=self._fused or None
-        )
+        self._fused = all(m.device.type == "cuda" for m in masters.values())
+        self._counts = {
+            name: torch.zeros((), dtype=torch.float32, device=m.device if self._fused else "cpu")
+            for name, m in masters.items()
+        }
+        # Norms and biases are not decayed, as everywhere.
+        kinds = (([(n, m.numel()) for n, m in masters.items() if m.ndim >= 2], weight_decay),
+                 ([(n, m.numel()) for n, m in masters.items() if m.ndim < 2], 0.0))  # fmt: skip
+        self._pieces = [(parts, decay) for sizes, decay in kinds for parts in cut(sizes, PIECE)]
 
     def gradient_norm(self) -> float:
         """Return the 2-norm over all gradients, in fp32."""
@@ -87,53 +96,72 @@ class MasterAdamW:
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32) if grads else []
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
+    @torch.no_grad()
     def step(self, *, learning_rate: float, gradient_scale: float) -> None:
-        """Scale the gradients, make one AdamW step and write the result into the parameters in place."""
-        grads = []
-        for name, p in self._parameters.items():
-            master = self._masters[name]
-            if p.grad is None:
-                continue
-            if master is not p:
-                master.grad = p.grad.float()
-            grads.append(master.grad)
-        if grads:
-            torch._foreach_mul_(grads, gradient_scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        with torch.no_grad():
-            for name, p in self._parameters.items():
-                if self._masters[name] is not p:
-                    p.copy_(self._masters[name])
+        """Scale the gradients, make one AdamW step and write the result into the parameters in place.
+
+        A parameter without a gradient is left alone. A step takes the fp32 gradients of one piece beside what is there
+        already. Where not even these fit, some weights have made the step and others have not.
+        """
+        for parts, decay in self._pieces:
+            there = [part for part in parts if self._parameters[part[0]].grad is not None]
+            if there:
+                self._step_piece(there, decay, learning_rate, gradient_scale)
+        counts = [self._counts[name] for name, p in self._parameters.items() if p.grad is not None]
+        if counts:
+            torch._foreach_add_(counts, 1)
         self.zero_grad()
+
+    def _step_piece(self, parts: list[Part], decay: float, learning_rate: float, scale: float) -> None:
+        masters = [_values(self._masters[part[0]], part) for part in parts]
+        # `float` copies 16-bit gradients alone; those in fp32 are scaled in place.
+        gradients = [_values(self._gradient(part[0]), part).float() for part in parts]
+        torch._foreach_mul_(gradients, scale)
+        # Copies: each call counts a step, and a parameter may lie in several pieces.
+        counts = torch._foreach_add([self._counts[part[0]] for part in parts], 0)
+        adamw(
+            masters, gradients, [_values(self._first[part[0]], part) for part in parts],
+            [_values(self._second[part[0]], part) for part in parts], [], list(counts),
+            fused=self._fused, amsgrad=False, beta1=self._betas[0], beta2=self._betas[1], lr=learning_rate,
+            weight_decay=decay, eps=self._eps, maximize=False,
+        )  # fmt: skip
+        for part, master in zip(parts, masters, strict=True):
+            p = self._parameters[part[0]]
+            if self._masters[part[0]] is not p:
+                _values(p, part).copy_(master)
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        gradient = self._parameters[name].grad
+        assert gradient is not None, f"{name} has no gradient"
+        return gradient.contiguous()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for name, p in self._parameters.items():
+        for p in self._parameters.values():
             p.grad = None
-            self._masters[name].grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return masters, both moments and step counts by parameter name: all that a resumed run needs."""
-        state = {}
-        for name, master in self._masters.items():
-            state[f"master.{name}"] = master.detach()
-            for key, value in self._adamw.state.get(master, {}).items():
-                state[f"{key}.{name}"] = value
+        state = {f"master.{name}": master.detach() for name, master in self._masters.items()}
+        for kind, values in (("step", self._counts), ("exp_avg", self._first), ("exp_avg_sq", self._second)):
+            state |= {f"{kind}.{name}": value for name, value in values.items()}
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned, into the same storage; the parameters follow their masters."""
-        with torch.no_grad():
-            for name, master in self._masters.items():
-                master.copy_(state[f"master.{name}"])
-                if self._masters[name] is not self._parameters[name]:
-                    self._parameters[name].copy_(master)
-                if f"exp_avg.{name}" not in state:
-                    continue
-                self._adamw.state[master] = {
-                    "step": state[f"step.{name}"].to(master.device if self._fused else "cpu", copy=True),
-                    "exp_avg": state[f"exp_avg.{name}"].to(master.device, copy=True),
-                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(master.device, copy=True),
-                }
+        for name, target in self.state_dict().items():
+            # An earlier version wrote nothing but the master of a parameter that had made no step.
+            if name in state or name.startswith("master."):
+                target.copy_(state[name])
+            else:
+                target.zero_()
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                self._parameters[name].copy_(master)
+
+
+def _values(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """Return a view of a part's values of a tensor: all of them in its own shape, some of them flat."""
+    _, start, end = part
+    return tensor if end - start == tensor.numel() else tensor.detach().view(-1)[start:end]

@@ -70,6 +70,12 @@ def quantize(weight_NK: torch.Tensor) -> Nf4:
     return _pack(torch.bucketize(scaled, edges, out_int32=True).to(torch.uint8), absmax, k)
 
 
+def gather(weight: Nf4, index: torch.Tensor) -> Nf4:
+    """Return the rows of `index` [...] one after the other, flattened, still packed."""
+    flat = index.reshape(-1)
+    return Nf4(weight.packed[flat], weight.absmax[flat], weight.in_features)
+
+
 def from_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> Nf4:
     """Repack bitsandbytes' bytes (uint8, N * K / 2 of them, the first of two in the high half) and fp32 scales.
 

@@ -177,9 +177,8 @@ def _dequantize_kernel(
         wa, wb = _decode(packed, pair, table_ptr, dtype, ASM)
         k = group * 128 + inner
         out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out + k[None, :]
-        tl.store(out_ptrs, wa, mask=row_ok[:, None])
-        low_ok = row_ok[:, None] & (k + 64 < K)[None, :]
-        tl.store(out_ptrs + 64, wb, mask=low_ok)
+        tl.store(out_ptrs, wa, mask=row_ok[:, None] & (k < K)[None, :])
+        tl.store(out_ptrs + 64, wb, mask=row_ok[:, None] & (k + 64 < K)[None, :])
 
 
 _TABLES: dict[torch.device, torch.Tensor] = {}

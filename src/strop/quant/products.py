@@ -59,6 +59,11 @@ def dequantized(weight: nf4.Nf4, dtype: torch.dtype) -> torch.Tensor:
     return nf4.dequantize(weight, dtype)
 
 
+def embedded(weight: nf4.Nf4, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows of `index` [...], as [..., K] in `dtype`: an embedding in 4 bits."""
+    return dequantized(nf4.gather(weight, index), dtype).view(*index.shape, weight.in_features)
+
+
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether products with `x` can use the Triton kernels."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

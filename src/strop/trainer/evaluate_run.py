@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, read_latest
 from .evaluate import eval_requests, evaluate
 from .parts import build, make_pool, prepare
 from .session import OPTIMIZER_FILE
+from .shortage import shortage_told
 
 
 def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
@@ -25,14 +26,16 @@ def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(stall_warning_s=config.run.stall_warning_s))
         pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, note=progress.note))
-        parts = stack.enter_context(build(prepared, pool, progress.note))
+        with shortage_told("load"):
+            parts = stack.enter_context(build(prepared, pool, progress.note))
         if checkpoint is not None:
-            optimizer = make_optimizer(parts.policy.trainable, config.optim)
+            with shortage_told("optimizer"):
+                optimizer = make_optimizer(parts.policy.trainable, config.optim)
             optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
             parts.weights.publish()
             parts.weights.version = checkpoint.step
             progress.say(f"evaluating {checkpoint.path}")
-        with progress.phase("evaluate", total=len(eval_requests(parts))):
+        with progress.phase("evaluate", total=len(eval_requests(parts))), shortage_told("evaluate"):
             result = evaluate(parts, lambda rollout: progress.advance(), progress.tick)
     if result is None:
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import Config
 from ..config_load import load_config
-from ..errors import DivergenceError
+from ..errors import DivergenceError, MemoryExhaustedError
 from ..objective.packing import pack
 from ..objective.samples import make_samples
 from ..objective.schedule import learning_rate
@@ -44,6 +44,9 @@ def train(
                 session.checkpoint_if_due()
         except DivergenceError:
             session.summarise("diverged", None)
+            raise
+        except MemoryExhaustedError:
+            session.save_after_shortage()
             raise
         return session.finish()
 
@@ -79,7 +82,7 @@ def train_step(session: Session) -> None:
         stats = update(
             parts.policy, session.optimizer, batches, config.objective,
             learning_rate=_learning_rate(config, step), max_grad_norm=config.optim.max_grad_norm,
-            on_batch=session.progress.advance, limit=session.limit,
+            on_batch=session.progress.advance, on_step=session.weights_change, limit=session.limit,
         )  # fmt: skip
     with session.phase("publish"):
         parts.weights.publish()

@@ -20,6 +20,7 @@ from .parts import Parts, build, length_shaping, make_pool, prepare
 from .rewards_command import check_before_training
 from .runfolder import open_run_folder
 from .session import OPTIMIZER_FILE, Session
+from .shortage import shortage_told
 from .state import RunState
 from .update import MicroBatchLimit
 from .watch import DIAGNOSES_FILE, open_watch
@@ -50,9 +51,12 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             pool = stack.enter_context(make_pool(config, prepared.task.default_rewards, verdicts, progress.note))
             if checkpoint is None:
                 check_before_training(prepared, progress.note, progress.say)
-            with progress.phase("load"):
+            with progress.phase("load"), shortage_told("load"):
                 parts = stack.enter_context(build(prepared, pool, progress.note))
-            optimizer = make_optimizer(parts.policy.trainable, config.optim)
+            if parts.plan is not prepared.plan:  # planned again while it was built, and said so
+                folder.write_json("plan.json", parts.plan.as_dict())
+            with shortage_told("optimizer"):
+                optimizer = make_optimizer(parts.policy.trainable, config.optim)
             state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
             pool.wait_ready()
             last_step = state.step - 1 if resume else None

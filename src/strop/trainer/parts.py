@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..engine.base import Engine, EngineSettings
 from ..engine.select import read_ahead, resolve_engine
-from ..errors import ConfigError
+from ..errors import ConfigError, PlanError
+from ..memory.advice import changed
 from ..memory.machine import Machine, detect_machine
 from ..memory.plan import Plan, make_plan
-from ..memory.shapes import ModelShape
+from ..memory.probe import can_pin
+from ..memory.shapes import BYTES, GIB, ModelShape
 from ..objective.shaping import PolarityBonus
 from ..rewards.pool import RewardPool, say_on_stderr
 from ..tasks.base import Task, build_task
@@ -40,6 +45,8 @@ class Prepared:
     task: Task
     plan: Plan
     machine: Machine
+    kept: Mapping[str, Any] | None = None
+    """The planned numbers of the run that is resumed (`Plan.promise`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,43 @@ def prepare(config: Config, kept: Mapping[str, Any] | None = None) -> Prepared:
             f"rollout.num_prompts is {config.rollout.num_prompts}, the task has {available} problems",
             hint=f"rollout.num_prompts: at most {available}, or give the task more problems",
         )
-    return Prepared(config, source, task, plan, machine)
+    return Prepared(config, source, task, plan, machine, kept)
+
+
+def without_pinned_memory(prepared: Prepared, note: Callable[[str], None]) -> Prepared:
+    """Plan again where the input embedding is to lie in pinned host memory and none can be had; else change nothing.
+
+    To be called before anything is loaded, and not for a plan alone: asking makes a CUDA context. Raises PlanError when
+    nothing else fits or `model.embedding` asks for host memory; its hint names settings that were planned with.
+    """
+    config, plan = prepared.config, prepared.plan
+    shape = ModelShape.from_config(prepared.source.config)
+    size = shape.vocab_size * shape.hidden_size * BYTES[plan.dtype]
+    if plan.device != "cuda" or plan.embedding != "host" or can_pin(size):
+        return prepared
+    why = f"the input embedding, {size / GIB:.1f} GiB, finds no host memory that can be pinned"
+    machine, engine = replace(prepared.machine, pins=False), resolve_engine(config.model.engine)
+
+    def planned(candidate: Config) -> Plan:
+        return make_plan(
+            candidate, shape, machine, engine=engine[0], engine_reason=engine[1], kept=prepared.kept
+        )  # fmt: skip
+
+    if config.model.embedding == "host":
+        try:
+            other = planned(changed(config, model__embedding="auto"))
+        except PlanError as e:
+            raise PlanError(why, hint=f"model.embedding: auto, and {e.hint}") from e
+        raise PlanError(why, hint=f"model.embedding: auto; it will be held on the card, as {other.embedding}")
+    try:
+        other = planned(config)
+    except PlanError as e:
+        raise PlanError(f"{why}, and beside it {e.message}", hint=e.hint) from e
+    note(
+        f"{why}; planned again with model.embedding {other.embedding} and model.head {other.head}: "
+        f"{other.max_num_seqs} completions at a time, micro-batches of {other.micro_batch_tokens} tokens"
+    )
+    return replace(prepared, plan=other, machine=machine)
 
 
 def length_shaping(config: Config) -> PolarityBonus | None:
@@ -142,41 +185,73 @@ def make_pool(
 def build(prepared: Prepared, pool: RewardPool, note: Callable[[str], None]) -> Iterator[Parts]:
     """Load the model once, for engine and trainer both, and yield the parts; free them at the end.
 
-    `pool` has been started, so that its workers import the reward functions meanwhile.
+    `pool` has been started, so that its workers import the reward functions meanwhile. `Parts.plan` is another one than
+    `prepared.plan` where no host memory can be pinned (`without_pinned_memory`).
     """
     import torch
 
+    torch.set_num_threads(prepared.plan.threads)
+    if prepared.config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products
+    prepared = without_pinned_memory(prepared, note)
+    before = sys.exception()
+    with ExitStack() as stack:
+        try:
+            parts = _assembled(prepared, pool, note, stack)
+        except Exception as e:
+            stack.close()
+            _forget_frames(e, before)
+            raise
+        yield parts
+
+
+def _assembled(prepared: Prepared, pool: RewardPool, note: Callable[[str], None], stack: ExitStack) -> Parts:
+    """Load and connect everything; `stack` frees it."""
     from ..policy import lora
     from ..policy.policy import Policy, check_packed_forward
     from ..weights import SharedWeights
 
     config, plan = prepared.config, prepared.plan
-    torch.set_num_threads(plan.threads)
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products
-    with ExitStack() as stack:
-        dial = _dial(prepared)
-        adapters = {}
-        model, engine = _model_and_engine(prepared, note)
-        stack.callback(engine.close)
-        if dial is not None:
-            dial.rollouts()  # with what loading has put on the card beside torch
-        if config.lora.r:
-            adapters = lora.inject(
-                model, r=config.lora.r, alpha=config.lora.alpha, target_modules=config.lora.target_modules,
-                seed=config.run.seed,
-            )  # fmt: skip
-            if config.lora.init_from:
-                lora.load_adapter(adapters, Path(config.lora.init_from))
-        policy = Policy(
-            model, config.rollout.temperature, adapters, checkpoint_layers=plan.checkpoint_layers,
-            logit_rows=plan.logit_rows,
+    dial = _dial(prepared)
+    if dial is not None:
+        stack.callback(dial.close)
+    adapters = {}
+    model, engine = _model_and_engine(prepared, note, stack)
+    if dial is not None:
+        dial.rollouts()  # with what loading has put on the card beside torch
+    if config.lora.r:
+        adapters = lora.inject(
+            model, r=config.lora.r, alpha=config.lora.alpha, target_modules=config.lora.target_modules,
+            seed=config.run.seed,
         )  # fmt: skip
-        if config.objective.beta > 0 and (not adapters or config.lora.init_from):
-            policy.freeze_reference()
-        check_packed_forward(policy)
-        weights = SharedWeights(policy, engine)
-        yield Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool, dial)
+        if config.lora.init_from:
+            lora.load_adapter(adapters, Path(config.lora.init_from))
+    policy = Policy(
+        model, config.rollout.temperature, adapters, checkpoint_layers=plan.checkpoint_layers,
+        logit_rows=plan.logit_rows,
+    )  # fmt: skip
+    if config.objective.beta > 0 and (not adapters or config.lora.init_from):
+        policy.freeze_reference()
+    check_packed_forward(policy)
+    weights = SharedWeights(policy, engine)
+    return Parts(config, prepared.source, prepared.task, plan, policy, engine, weights, pool, dial)
+
+
+def _forget_frames(error: BaseException, before: BaseException | None) -> None:
+    """Drop the local variables of the calls that failed, and give what they held back to the card.
+
+    A notebook keeps the last error and, through its traceback, a model that fills the card for the next start. `before`
+    is what the caller was handling already; it stays as it is.
+    """
+    import torch
+
+    chain: BaseException | None = error
+    while chain is not None and chain is not before:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _dial(prepared: Prepared) -> VramDial | None:
@@ -204,7 +279,10 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[torch.nn.Module, Engine]:
+def _model_and_engine(
+    prepared: Prepared, note: Callable[[str], None], stack: ExitStack
+) -> tuple[torch.nn.Module, Engine]:
+    """Load the weights; the engine is closed by `stack`, also when something fails between here and the caller."""
     import torch
 
     from ..policy import lora
@@ -225,7 +303,9 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
         model = load_model(source, model_settings, dtype, torch.device(plan.device))
         pad = source.tokenizer.pad_token_id
         pad = source.stop_token_ids[0] if pad is None else pad
-        return model, TransformersEngine(model, decode, max_num_seqs=plan.max_num_seqs, pad_token_id=pad)
+        plain = TransformersEngine(model, decode, max_num_seqs=plan.max_num_seqs, pad_token_id=pad)
+        stack.callback(plain.close)
+        return model, plain
 
     from ..engine import vllm_compat
 
@@ -248,6 +328,7 @@ def _model_and_engine(prepared: Prepared, note: Callable[[str], None]) -> tuple[
     if config.lora.r:  # a wrong name shows before anything slow is loaded
         lora.find_targets(model, config.lora.target_modules)
     engine = VllmEngine(settings, decode, device=plan.device, note=note)
+    stack.callback(engine.close)
     if config.model.share_weights == "copy":
         note("the trainer holds the weights a second time (model.share_weights)")
         return load_model(source, model_settings, dtype, torch.device(plan.device)), engine

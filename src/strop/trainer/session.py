@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import DivergenceError
+from ..errors import DivergenceError, StropError
 from ..monitor.metrics import MetricsLog
 from ..monitor.progress import Progress
 from ..monitor.rollouts import RolloutStore
@@ -27,6 +27,7 @@ from .evaluate import UnscoredError, eval_requests, evaluate, num_samples
 from .interrupt import Interrupt
 from .parts import Parts
 from .runfolder import RunFolder
+from .shortage import shortage_told
 from .state import RunState
 from .update import MicroBatchLimit
 from .watch import Watch, stopped_by
@@ -57,13 +58,18 @@ class Session:
     """Seconds of this step by phase."""
     step_started: float = field(default_factory=time.perf_counter)
     limit: MicroBatchLimit = field(default_factory=MicroBatchLimit)
+    in_step: bool = False
+    """Whether weights have changed whose step is not recorded yet: they are those of no step number."""
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Show a phase of the step and add up its time under `time/NAME_s`."""
+        """Show a phase of the step and add up its time under `time/NAME_s`.
+
+        Raises MemoryExhaustedError when the card runs out of memory in it and nobody knew what to make smaller.
+        """
         begin = time.perf_counter()
         try:
-            with self.progress.phase(name, total=total):
+            with self.progress.phase(name, total=total), shortage_told(name):
                 yield
         finally:
             self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
@@ -145,6 +151,7 @@ class Session:
         if config.run.rollout_steps and step % config.run.rollout_steps == 0:
             self.rollouts.write(step, scored_N, batch.advantages_N, extras)
         self.watch.keep_canary(step, scored_N)
+        self.in_step = False
         self._tell(step, values, scored_N, stats)
 
     def _logged_by_rewards(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -183,7 +190,7 @@ class Session:
             "time/other_s": total - sum(times.values()),
             "tokens/generated_per_s": generated / generating if generating else math.nan,
             "tokens/trained_per_s": trained / training if training else math.nan,
-            "memory/peak_gib": _peak_gib(self.parts.plan.device),
+            "memory/peak_gib": _peak_gib(self.parts),
             "step_time": total - times.get("evaluate", 0.0),
         }
 
@@ -222,7 +229,7 @@ class Session:
         """
         if self.saved_step == self.state.step or self.state.nonfinite_steps:
             return
-        with self.progress.phase("checkpoint"):
+        with self.progress.phase("checkpoint"), shortage_told("checkpoint"):
             score, best = self.watch.monitor.score(), self.state.best
             window = self.config.monitor.window
             lost = best is not None and self.config.run.save_best and not self._is_there(best[0])
@@ -243,6 +250,24 @@ class Session:
                 spared=self.state.best[0] if self.state.best and self.config.run.save_best else None,
             )
         self.saved_step = self.state.step
+
+    def weights_change(self) -> None:
+        """Called before the optimizer writes weights: until the step is recorded no checkpoint can be written."""
+        self.in_step = True
+
+    def save_after_shortage(self) -> None:
+        """Write a checkpoint of the last whole step, where its weights are still there; says why there is none."""
+        if self.in_step:
+            self.progress.note("no checkpoint is written: the weights have changed since the last whole step")
+            return
+        try:
+            self.save()
+            self.summarise("failed", None)
+        except (StropError, RuntimeError, OSError) as e:
+            self.progress.note(f"no checkpoint could be written after the shortage: {e}")
+            return
+        if self.saved_step == self.state.step:
+            self.progress.say(f"checkpoint-{self.saved_step} holds everything up to step {self.state.step}")
 
     def _best(self) -> dict[str, Any] | None:
         """Return the best checkpoint that is still there, and say so where it is not the last."""
@@ -325,11 +350,9 @@ def shown(result: EvalSummary) -> str:
     return f"{text} on {result.problems} problems"
 
 
-def _peak_gib(device: str) -> float:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_reserved() / 2**30
+def _peak_gib(parts: Parts) -> float:
+    if parts.dial is not None:
+        return parts.dial.peak_bytes / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

@@ -19,7 +19,9 @@ from ..policy.policy import DeviceBatch, Policy
 from ..types import Metric, MicroBatch, StepStats, merge_metrics
 
 MAX_HALVINGS = 2
-"""How often in a run a micro-batch that does not fit is halved; the next one that does not fit ends the run."""
+"""How often a micro-batch that does not fit is halved; the next one that does not fit ends the run."""
+FORGIVEN_AFTER = 50
+"""Steps without a shortage after which one fewer counts."""
 
 
 @dataclass(slots=True)
@@ -29,6 +31,8 @@ class MicroBatchLimit:
     tokens: int | None = None
     """Most tokens of a micro-batch; None: as planned."""
     halvings: int = 0
+    quiet: int = 0
+    """Steps in a row without a shortage."""
     note: Callable[[str], None] = lambda message: None
     """Told when a micro-batch was halved."""
 
@@ -39,26 +43,35 @@ class MicroBatchLimit:
     def halve(self, batches: Sequence[MicroBatch], failed: MicroBatch, reason: str) -> list[MicroBatch]:
         """Return the batches of the step, none larger than half of the one that ran out of memory.
 
-        Raises MemoryExhaustedError when that one cannot be split, or when this happened too often.
+        Raises MemoryExhaustedError when that one cannot be split, or when this happened too often; the half stays the
+        limit of a run that is resumed.
         """
-        if self.halvings >= MAX_HALVINGS or halved(failed) is None:
+        half, splits = max(failed.num_tokens // 2, 1), halved(failed) is not None
+        if splits:
+            self.tokens = half
+        if self.halvings >= MAX_HALVINGS or not splits:
             raise MemoryExhaustedError(
                 f"the card has too little memory to train on {failed.num_tokens} tokens at a time "
-                f"({self.halvings} smaller micro-batches were tried in this run): {reason}",
+                f"({self.halvings} smaller micro-batches were tried before): {reason}",
                 hint="rollout.max_completion_length: shorten it; or run.vram_gib: raise it, if something else used the "
                 "card; or optim.micro_batch_tokens: set it below "
                 f"{failed.num_tokens}; the last checkpoint is kept: go on with --resume",
             )
-        self.halvings += 1
-        self.tokens = max(failed.num_tokens // 2, 1)
+        self.halvings, self.quiet = self.halvings + 1, 0
         parts: list[MicroBatch] = list(batches)
-        while any(b.num_tokens > self.tokens and halved(b) is not None for b in parts):
-            parts = [p for b in parts for p in ((halved(b) or (b,)) if b.num_tokens > self.tokens else (b,))]
+        while any(b.num_tokens > half and halved(b) is not None for b in parts):
+            parts = [p for b in parts for p in ((halved(b) or (b,)) if b.num_tokens > half else (b,))]
         self.note(
             f"the card ran out of memory on a micro-batch of {failed.num_tokens} tokens: the step is made again with "
-            f"at most {self.tokens}, and so are the next ones (optim.micro_batch_tokens)"
+            f"at most {half}, and so are the next ones (optim.micro_batch_tokens)"
         )
         return parts
+
+    def fitted(self) -> None:
+        """Count a step that fitted: after `FORGIVEN_AFTER` in a row one shortage is forgotten, but not its limit."""
+        self.quiet += 1
+        if self.quiet >= FORGIVEN_AFTER:
+            self.halvings, self.quiet = max(0, self.halvings - 1), 0
 
 
 def update(
@@ -70,9 +83,12 @@ def update(
     learning_rate: float,
     max_grad_norm: float,
     on_batch: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
     limit: MicroBatchLimit | None = None,
 ) -> StepStats:
     """Add up the gradients of all micro-batches and make one step; `on_batch` is called after each of them.
+
+    `on_step` is called before the weights change.
 
     Makes none, and touches neither momentum nor weights, when nothing is left to train on or when the loss or the
     gradient is not finite. When memory runs out, the step is made again in smaller micro-batches, from the start: the
@@ -97,6 +113,7 @@ def update(
         if policy.device.type == "cuda":
             torch.cuda.empty_cache()
         batches = limit.halve(batches, failed, reason)
+    limit.fitted()
     metrics = merge_metrics(read_all(parts))
     norm = optimizer.gradient_norm() / scale
     metrics["grad_norm"] = Metric(norm)
@@ -107,12 +124,14 @@ def update(
         optimizer.zero_grad()
         reason = f"loss {metrics['loss'].value:g} and gradient norm {norm:g} are not both finite"
         return StepStats(metrics, stepped=False, skipped_reason=reason)
+    on_step()
     try:
         # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6 as well.
         optimizer.step(learning_rate=learning_rate, gradient_scale=min(1.0, max_grad_norm / (norm + 1e-6)) / scale)
     except torch.OutOfMemoryError as e:
         raise MemoryExhaustedError(
-            f"the card has too little memory for the optimizer's own step: {str(e).split('. ')[0]}",
+            f"the card has too little memory for the optimizer's own step, which may be half made and is not "
+            f"saved: {str(e).split('. ')[0]}",
             hint="run.vram_gib: raise it, if something else used the card, and go on with --resume from the last "
             "checkpoint; or start again with optim.name: adamw_8bit, which needs less",
         ) from e
