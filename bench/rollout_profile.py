@@ -4,7 +4,6 @@ python bench/rollout_profile.py                      # 0.5B on both runners, 1.5
 python bench/rollout_profile.py qwen2.5-0.5b v2      # one model and runner, in this process
 python bench/rollout_profile.py qwen2.5-7b v2 nf4    # with packed weights
 python bench/rollout_profile.py qwen2.5-1.5b v2 - kernels   # nothing but the kernels of a step, by time
-python bench/rollout_profile.py qwen2.5-1.5b v2 - ahead     # nothing but what fetching weights ahead saves
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 from shapes import TARGETS, card_gib, prompts, write_config
@@ -129,19 +127,14 @@ def profile(engine: Any) -> None:
 
 
 def graph_only(engine: Any) -> None:
-    """Time the replay of whole steps back to back: the card's share of a step."""
+    """Time the replay of whole steps back to back, the card's share of a step, with short and with long contexts."""
     import torch
 
-    for size, graph in engine._runner._graphs.items():
-        if size in (1, 16, 64, 128):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(50):
-                graph.replay()
-            launch = time.perf_counter() - begin
-            torch.cuda.synchronize()
-            whole = time.perf_counter() - begin
-            print(f"graph of {size} rows: {20 * whole:.2f} ms, launched in {20 * launch:.3f} ms", flush=True)
+    with torch.inference_mode():
+        for size in engine._runner._graphs:
+            if size in (1, 16, 64, 128):
+                times = "  ".join(f"at {n} tokens {steps_at(engine._runner, size, n):.2f} ms" for n in (50, 400, 1000))
+                print(f"graph of {size} rows: {times}", flush=True)
 
 
 def steps_at(runner: Any, rows: int, context: int, repeats: int = 40) -> float:
@@ -152,7 +145,10 @@ def steps_at(runner: Any, rows: int, context: int, repeats: int = 40) -> float:
     blocks = -(-(context + repeats + 4) // 16)
     runner._control[0] = rows
     runner._control[1 : 1 + rows] = torch.arange(rows, device="cuda")
-    table[:rows, :blocks] = 1 + torch.arange(rows * blocks, device="cuda").view(rows, blocks)
+    places = torch.arange(rows * blocks, device="cuda").view(rows, blocks)
+    table[:rows, :blocks] = 1 + places % (
+        runner.kv_cache_config.num_blocks - 1
+    )  # blocks are shared where there are few
     state.num_computed_tokens.gpu[:rows] = context
     graph = runner._graphs[runner._size_of[rows]]
     graph.replay()
@@ -162,32 +158,6 @@ def steps_at(runner: Any, rows: int, context: int, repeats: int = 40) -> float:
         graph.replay()
     torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - begin) / repeats
-
-
-def ahead(engine: Any) -> None:
-    """Time whole steps with other amounts of weights fetched ahead, in other ways, and with attention's keys cut."""
-    import torch
-
-    from strop.engine import decode_kernels, vllm_decode
-
-    runner = engine._runner
-    runner.compilation_config.cudagraph_capture_sizes = [1, 16, 64, 128]
-    runner._size_of = []
-    uncut = runner._splits
-    shares = [(0, 0, 0, 0), (0.4, 0, 0, 0), (0.2, 0, 0, 0), (0, 0.1, 0, 0), (0, 0, 0.1, 0), (0, 0, 0, 0.1)]
-    variants = [(4096, False, s, False) for s in shares]
-    variants += [(chunk, late, (0.4, 0, 0.1, 0.1), False) for chunk in (128, 512, 1024, 4096) for late in (False, True)]
-    variants += [(4096, False, shares[0], True)]
-    for chunk, late, share, cut in variants:
-        decode_kernels.FETCH_CHUNK, decode_kernels.FETCH_LATE = chunk, late
-        vllm_decode.AHEAD.update(zip(vllm_decode.AHEAD, share, strict=True))
-        runner._splits = (lambda size: nullcontext()) if cut else uncut
-        runner._graphs.clear()
-        runner.capture_model()
-        with torch.inference_mode():
-            times = [f"{rows}x{at} {steps_at(runner, rows, at):.3f}" for rows in (1, 16, 64, 128) for at in (50, 700)]
-        print(f"chunk {chunk:4} late {late!s:5} shares {share} cut {cut!s:5}: {'  '.join(times)} ms  "
-              f"{runner.not_whole or ''}", flush=True)  # fmt: skip
 
 
 def kernels(engine: Any) -> None:
@@ -222,9 +192,9 @@ def attempt(what: str, call: Callable[[], Any]) -> None:
 
 def one(name: str, runner: str, quantization: str = "none", only: str = "") -> None:
     engine = build(name, runner, "none" if quantization == "-" else quantization)
-    if only:
+    if only == "kernels":
         attempt("graph", lambda: graph_only(engine))
-        attempt(only, lambda: {"kernels": kernels, "ahead": ahead}[only](engine))
+        attempt("kernels", lambda: kernels(engine))
         engine.close()
         return
     scheduler, core, times = engine._scheduler, engine._core, defaultdict[str, float](float)

@@ -230,15 +230,15 @@ print("right", by_layer)
 assert by_layer.max() < 1e-4, by_layer
 
 silu, rope, norm = vllm_decode.add_silu_mul, vllm_decode.add_rope_cache, vllm_decode.add_norm
-def without_adapter_in_the_second(product, width, **more):
+def without_adapter_in_the_second(product, width):
     there = product.b_t is decoder._layers[1].gate_up.factors.b_t
     return silu(product._replace(low=None) if there else product, width)
 wrong = {
     "an adapter in one layer": {"add_silu_mul": without_adapter_in_the_second},
-    "positions": {"add_rope_cache": lambda p, h, r, at, s, c, **more: rope(p, h, r, at * 0, s, c)},
-    "head norms": {"add_rope_cache": lambda p, h, r, at, s, c, **more: rope(p, h, r._replace(q_norm=None), at, s, c)},
-    "the cache": {"add_rope_cache": lambda p, h, r, at, s, c, **more: rope(p, h, r, at, s * 0 - 1, c)},
-    "a norm's weight": {"add_norm": lambda p, x, w, e, **more: norm(p, x, torch.ones_like(w), e)},
+    "positions": {"add_rope_cache": lambda p, h, r, at, s, c: rope(p, h, r, at * 0, s, c)},
+    "head norms": {"add_rope_cache": lambda p, h, r, at, s, c: rope(p, h, r._replace(q_norm=None), at, s, c)},
+    "the cache": {"add_rope_cache": lambda p, h, r, at, s, c: rope(p, h, r, at, s * 0 - 1, c)},
+    "a norm's weight": {"add_norm": lambda p, x, w, e: norm(p, x, torch.ones_like(w), e)},
 }
 for name, changes in wrong.items():
     for key, value in changes.items():

@@ -89,8 +89,9 @@ def test_checkpointed_layers_give_the_same_result_on_a_card() -> None:
     b = batch()
     whole, all_of_it = (results(policy("qwen3", torch.bfloat16, fuse=True, checkpointed=n), b) for n in (0, 3))
     assert torch.equal(whole[0], all_of_it[0])
-    for name in whole[1]:
-        torch.testing.assert_close(all_of_it[1][name], whole[1][name], rtol=2e-2, atol=2e-3)
+    # FlashAttention's backward adds up in any order, which moves roundings to bf16: by far less than bf16 is off by.
+    for name, gradient in whole[1].items():
+        assert (all_of_it[1][name] - gradient).norm() < 1e-2 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from strop.errors import ModelError
-from strop.objective.packing import pack
+from strop.objective.packing import MICRO_BATCH_TOKENS, pack
 from strop.policy import lora
 from strop.policy.logprobs import token_logprobs
 from strop.policy.optim import MasterAdamW
@@ -122,6 +124,36 @@ def test_packing_counts_a_shared_prompt_once_and_keeps_the_budget() -> None:
     assert all(b.num_tokens <= 20 for b in split)
     trained = torch.cat([b.target_ids_K for b in split])
     assert trained.tolist() == [t for s in items for t in s.scored.rollout.completion_token_ids]
+
+
+def cost(batches: list[MicroBatch]) -> int:
+    return sum(b.num_tokens + MICRO_BATCH_TOKENS for b in batches)
+
+
+def cut_at(items: list[Sample], cuts: tuple[int, ...]) -> list[MicroBatch]:
+    """Return the micro-batches of items cut at these places, whatever their size."""
+    return [pack(items[a:b], 10**6)[0] for a, b in pairwise((0, *cuts, len(items)))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_cut_makes_fewer_tokens_and_micro_batches(seed: int) -> None:
+    draw = random.Random(seed)
+    prompts = [draw.choice([3, 200, 900]) for _ in range(3)]
+    items = random_samples(
+        seed, vocab=50, prompts=prompts, lengths=[[draw.randrange(100, 800) for _ in range(3)] for _ in prompts]
+    )
+    places = range(1, len(items))
+    every = [cut_at(items, cuts) for n in range(len(items)) for cuts in combinations(places, n)]
+    for budget in (1_700, 2_500, 4_000):
+        fitting = [cost(batches) for batches in every if all(b.num_tokens <= budget for b in batches)]
+        assert fitting
+        assert cost(pack(items, budget)) == min(fitting)
+
+
+def test_a_group_with_a_long_prompt_is_not_split_for_a_fuller_micro_batch() -> None:
+    items = random_samples(0, vocab=50, prompts=[400] * 4, lengths=[[101] * 8] * 4)
+    assert [b.num_tokens for b in pack(items, 2_300)] == [1_200] * 4
+    assert [b.num_tokens for b in pack(items, 2_400)] == [2_400] * 2
 
 
 def test_tokens_outside_the_loss_mask_are_context_but_not_trained() -> None:

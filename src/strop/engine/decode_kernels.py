@@ -17,8 +17,7 @@ Written for the few rows of a decode step: launches and latency decide, not byte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,12 +29,6 @@ ROPE_TILE = (16, 4)
 """Rows and warps of a program of `add_rope_cache`; it has one head."""
 NORM_VALUES = 2
 """Values of a row that a thread of `add_norm` holds."""
-FETCH_CHUNK = 512
-"""Bytes that one instruction asks for, of what is fetched ahead; on cards before compute capability 9 it is a line."""
-LINE = 128
-"""Bytes of a line of the second-level cache."""
-FETCH_LATE = False
-"""Whether a program fetches ahead after its own work rather than before."""
 MAX_FUSED_RANK = 64
 """Above it cuBLAS multiplies by B faster than these kernels, which read B again for every row or tile."""
 _RANK_BLOCK = 64
@@ -69,73 +62,11 @@ class Rotary(NamedTuple):
     eps: float = 0.0
 
 
-class Ahead(NamedTuple):
-    """Parts of a weight that a kernel asks the card to move into its second-level cache, for the product to come.
-
-    The kernels here move few bytes and take a few microseconds, in which the card's memory would idle, while a product
-    of few rows takes as long as reading its weight. A request is a hint: nothing waits for it, and no value changes.
-    """
-
-    memory: torch.Tensor
-    """uint8, contiguous, aligned to a line."""
-    step: int
-    """Bytes from one chunk to the next, so that all programs of the product gain alike; a multiple of a line."""
-    chunk: int
-    """Bytes of a chunk."""
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, limit: int) -> Ahead | None:
-        """Ask for about `limit` bytes of a tensor; None where it is too small for that or lies askew."""
-        modern = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (9, 0)
-        chunk = FETCH_CHUNK if modern else LINE
-        step = max(chunk, math.ceil(chunk * weight.nbytes / max(1, limit) / LINE) * LINE)
-        askew = not weight.is_contiguous() or weight.data_ptr() % LINE
-        return None if askew or limit < chunk or weight.nbytes < step else cls(_flat(weight), step, chunk)
-
-
-def _flat(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(-1).view(torch.uint8)
-
-
-@triton.jit
-def _ask(memory, step, count, program, programs, CHUNK: tl.constexpr, LANES: tl.constexpr):
-    """Ask for `count` chunks of memory; each program has its share of them."""
-    for start in range(program * LANES, count, programs * LANES):
-        # What has no number beside the others asks for the last one once more.
-        chunk = tl.minimum(start + tl.arange(0, LANES), count - 1).to(tl.int64)
-        address = memory.to(tl.int64) + chunk * step
-        if CHUNK == 128:  # one line
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-            )
-        else:
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-                [address, tl.full((LANES,), CHUNK, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
-def _fetch(
-    first, first_step, first_count, second, second_step, second_count, program, programs, CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    _ask(first, first_step, first_count, program, programs, CHUNK, LANES)
-    _ask(second, second_step, second_count, program, programs, CHUNK, LANES)
-
-
 @triton.jit
 def _add_norm_kernel(
     y, y_stride, bias, low, low_stride, b, residual, weight, out, width, eps,
-    first, first_step, first_count, second, second_step, second_count,
     ADD: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    if CHUNK and not LATE:
-        _fetch(
-            first, first_step, first_count, second, second_step, second_count,
-            tl.program_id(0), tl.num_programs(0), CHUNK, LANES,
-        )  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -156,17 +87,11 @@ def _add_norm_kernel(
     normed = (wide * rstd).to(x.dtype).to(tl.float32)
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, (normed * w).to(x.dtype), mask=inside)
-    if CHUNK and LATE:
-        _fetch(
-            first, first_step, first_count, second, second_step, second_count,
-            tl.program_id(0), tl.num_programs(0), CHUNK, LANES,
-        )  # fmt: skip
 
 
 def add_norm(
-    product: Product | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, ahead: Sequence[Ahead] = (),
-    warps: int | None = None,
-) -> torch.Tensor:  # fmt: skip
+    product: Product | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, warps: int | None = None
+) -> torch.Tensor:
     """Add a product to `residual` [T, N] in place and return rms_norm(residual) * weight [T, N].
 
     Without a product the residual is only normalised. `weight` is [N] in the residual's dtype.
@@ -175,15 +100,14 @@ def add_norm(
     assert residual.is_contiguous(), "the residual is written in place, row after row"
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(width)
-    warps = warps or min(16, max(1, block // (32 * NORM_VALUES)))
     rank = 0 if product is None else product.rank(1)
     y = residual if product is None else product.y
     _check(product)
     _add_norm_kernel[(rows,)](
-        y, y.stride(0), *_pointers(product, residual), residual, weight, out, width, eps, *_asked(ahead, y),
+        y, y.stride(0), *_pointers(product, residual), residual, weight, out, width, eps,
         ADD=product is not None, BIAS=product is not None and product.bias is not None, RANK=rank,
-        UNROLL=math.gcd(rank, 16) or 1, BLOCK=block, **_chunked(ahead, warps),
-        num_warps=warps,
+        UNROLL=math.gcd(rank, 16) or 1, BLOCK=block,
+        num_warps=warps or min(16, max(1, block // (32 * NORM_VALUES))),
     )  # fmt: skip
     return out
 
@@ -214,14 +138,8 @@ def _summed(
 @triton.jit(do_not_specialize=["height"])
 def _add_silu_mul_kernel(
     y, y_stride, bias, low, low_stride, b, out, height, width,
-    first, first_step, first_count, second, second_step, second_count,
     BIAS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    if CHUNK and not LATE:
-        _fetch(first, first_step, first_count, second, second_step, second_count, program, programs, CHUNK, LANES)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col_mask = cols < width
@@ -235,22 +153,18 @@ def _add_silu_mul_kernel(
     active = (gate * tl.sigmoid(gate)).to(raw.dtype).to(tl.float32)
     at = out + rows[:, None] * width + cols[None, :]
     tl.store(at, (active * up.to(tl.float32)).to(raw.dtype), mask=row_mask[:, None] & col_mask[None, :])
-    if CHUNK and LATE:
-        _fetch(first, first_step, first_count, second, second_step, second_count, program, programs, CHUNK, LANES)
 
 
-def add_silu_mul(
-    product: Product, width: int, *, ahead: Sequence[Ahead] = (), tile: tuple[int, int, int] | None = None
-) -> torch.Tensor:
+def add_silu_mul(product: Product, width: int, *, tile: tuple[int, int, int] | None = None) -> torch.Tensor:
     """Return silu(gate) * up [T, width] of a product whose N columns are gate and up, `width` each."""
     rows, columns, warps = tile or SILU_TILE
     y, rank = product.y, product.rank(2)
     _check(product)
     out = y.new_empty(y.shape[0], width)
     _add_silu_mul_kernel[(triton.cdiv(width, columns), triton.cdiv(y.shape[0], rows))](
-        y, y.stride(0), *_pointers(product, y), out, y.shape[0], width, *_asked(ahead, y),
+        y, y.stride(0), *_pointers(product, y), out, y.shape[0], width,
         BIAS=product.bias is not None, RANK=rank, BLOCK_R=_rank_block(rank), BLOCK_M=rows, BLOCK_N=columns,
-        **_chunked(ahead, warps), num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -259,27 +173,11 @@ def add_silu_mul(
 def _add_rope_cache_kernel(
     y, y_stride, bias, low, low_stride, b, q_norm, k_norm, eps, cos_sin, positions, slots,
     cache, block_stride, head_stride, token_stride, out, height,
-    first_ahead, first_step, first_count, second_ahead, second_step, second_count,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, LATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    program = tl.program_id(1) * tl.num_programs(0) + head
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    if CHUNK and not LATE:
-        _fetch(
-            first_ahead,
-            first_step,
-            first_count,
-            second_ahead,
-            second_step,
-            second_count,
-            program,
-            programs,
-            CHUNK,
-            LANES,
-        )
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < height
     half = tl.arange(0, BLOCK_HALF)
@@ -327,24 +225,11 @@ def _add_rope_cache_kernel(
         keep = (slot >= 0)[:, None] & half_mask[None, :]
         tl.store(at, first, mask=keep)
         tl.store(at + HALF, second, mask=keep)
-    if CHUNK and LATE:
-        _fetch(
-            first_ahead,
-            first_step,
-            first_count,
-            second_ahead,
-            second_step,
-            second_count,
-            program,
-            programs,
-            CHUNK,
-            LANES,
-        )
 
 
 def add_rope_cache(
     product: Product, heads: int, rotary: Rotary, positions: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor,
-    *, ahead: Sequence[Ahead] = (), tile: tuple[int, int] | None = None,
+    *, tile: tuple[int, int] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Finish q, k and v of a product with N = (heads + 2 kv heads) D columns; return q [T, heads, D].
 
@@ -364,24 +249,12 @@ def add_rope_cache(
     _add_rope_cache_kernel[(heads + 2 * kv_heads, triton.cdiv(y.shape[0], rows))](
         y, y.stride(0), *_pointers(product, y), rotary.q_norm if has_norms else y,
         rotary.k_norm if has_norms else y, rotary.eps, rotary.cos_sin, positions, slots,
-        cache, cache.stride(0), cache.stride(1), cache.stride(2), out, y.shape[0], *_asked(ahead, y),
+        cache, cache.stride(0), cache.stride(1), cache.stride(2), out, y.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, BLOCK_HALF=triton.next_power_of_2(size // 2),
         BLOCK_TOKENS=tokens, NORM=has_norms, BIAS=product.bias is not None, RANK=rank, BLOCK_R=_rank_block(rank),
-        BLOCK_M=rows, **_chunked(ahead, warps), num_warps=warps,
+        BLOCK_M=rows, num_warps=warps,
     )  # fmt: skip
     return out
-
-
-def _asked(ahead: Sequence[Ahead], other: torch.Tensor) -> list[Any]:
-    """Return (memory, step, chunks) of two weights; `other`, which is never read, where there is none."""
-    asked: list[Any] = []
-    for part in (*ahead, None, None)[:2]:
-        asked += (other, 0, 0) if part is None else (part.memory, part.step, part.memory.numel() // part.step)
-    return asked
-
-
-def _chunked(ahead: Sequence[Ahead], warps: int) -> dict[str, int]:
-    return {"CHUNK": ahead[0].chunk if ahead else 0, "LANES": 32 * warps, "LATE": FETCH_LATE}
 
 
 def _rank_block(rank: int) -> int:

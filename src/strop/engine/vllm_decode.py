@@ -18,8 +18,7 @@ Written against 0.26.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,16 +42,13 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from ..quant import products
 from ..quant.nf4 import Nf4
-from .decode_kernels import MAX_FUSED_RANK, Ahead, Product, Rotary, add_norm, add_rope_cache, add_silu_mul
+from .decode_kernels import MAX_FUSED_RANK, Product, Rotary, add_norm, add_rope_cache, add_silu_mul
 from .vllm_lora import ALIGNED, Factors
 from .vllm_nf4 import Nf4LinearMethod
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 96, 128, 256)
 """Of attention: those that the kernels are tested with."""
-
-AHEAD = {"attention": 0.4, "gate_up": 0.0, "down": 0.1, "following": 0.1}
-"""Shares of the second-level cache that are filled with weights, by what follows the kernel that asks for them."""
 
 _MODELS = (llama.LlamaForCausalLM, qwen2.Qwen2ForCausalLM, qwen3.Qwen3ForCausalLM)
 _DECODERS = (llama.LlamaModel, qwen2.Qwen2Model, mistral.MistralModel)
@@ -75,11 +71,6 @@ class _Linear:
     """N."""
     bias: torch.Tensor | None
     factors: Factors | None
-
-    @property
-    def memory(self) -> torch.Tensor:
-        """What a product reads."""
-        return self.weight.packed if isinstance(self.weight, Nf4) else self.weight
 
     def __call__(self, x: torch.Tensor) -> Product:
         """[T, K] -> the product, with bias and adapter still to be added."""
@@ -105,19 +96,9 @@ class _Norm:
     weight: torch.Tensor
     eps: float
 
-    def __call__(self, product: Product | None, residual: torch.Tensor, ahead: Sequence[Ahead] = ()) -> torch.Tensor:
+    def __call__(self, product: Product | None, residual: torch.Tensor) -> torch.Tensor:
         """Add a product to `residual` [T, H] in place; return it normalised."""
-        return add_norm(product, residual, self.weight, self.eps, ahead=ahead)
-
-
-@dataclass(frozen=True, slots=True)
-class _AheadOf:
-    """What the kernels of a layer fetch ahead, by what follows them: attention, gate and up, down, the next layer."""
-
-    attention: Sequence[Ahead] = ()
-    gate_up: Sequence[Ahead] = ()
-    down: Sequence[Ahead] = ()
-    following: Sequence[Ahead] = ()
+        return add_norm(product, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +114,19 @@ class _Layer:
     width: int
     """Of gate, and of up."""
     down: _Linear
-    ahead: _AheadOf
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, following: _Norm) -> Any:
         """Add the layer to `residual` in place; return it normalised for what comes next."""
         attention, context = self.attention, get_forward_context()
         name = attention.layer_name
         q = add_rope_cache(
-            self.qkv(x), attention.num_heads, self.rotary, positions, context.slot_mapping[name], attention.kv_cache,
-            ahead=self.ahead.attention,
-        )  # fmt: skip
+            self.qkv(x), attention.num_heads, self.rotary, positions, context.slot_mapping[name], attention.kv_cache
+        )
         out = torch.empty_like(q)
         # Decoding reads keys and values from the cache alone; q stands in for the arguments that it ignores.
         attention.impl.forward(attention, q, q, q, attention.kv_cache, context.attn_metadata[name], output=out)
-        x = self.after(self.output(out.view(x.shape[0], -1)), residual, self.ahead.gate_up)
-        inner = add_silu_mul(self.gate_up(x), self.width, ahead=self.ahead.down)
-        return following(self.down(inner), residual, self.ahead.following)
+        x = self.after(self.output(out.view(x.shape[0], -1)), residual)
+        return following(self.down(add_silu_mul(self.gate_up(x), self.width)), residual)
 
 
 class DecodeModel:
@@ -216,7 +194,7 @@ def build(runner: Any) -> DecodeModel | str:
         _expect(type(embed) is VocabParallelEmbedding and embed.tp_size == 1, "the input embedding is not a plain one")
         layers = list(decoder.layers)
         norms = [_norm(n, dtype) for n in (*(layer.input_layernorm for layer in layers), decoder.norm)]
-        return DecodeModel(embed, _fetching([_layer(layer, dtype) for layer in layers]), norms)
+        return DecodeModel(embed, [_layer(layer, dtype) for layer in layers], norms)
     except _UnknownError as e:
         return str(e)
 
@@ -255,30 +233,7 @@ def _layer(layer: Any, dtype: torch.dtype) -> _Layer:
         gate_up=gate_up,
         width=gate_up.outs // 2,
         down=_linear(mlp.down_proj, RowParallelLinear, 1, dtype),
-        ahead=_AheadOf(),
     )
-
-
-def _fetching(layers: list[_Layer]) -> list[_Layer]:
-    """Let each layer's kernels fetch weights ahead, as far as the card's second-level cache holds them."""
-    place = layers[0].qkv.memory
-    if not place.is_cuda:
-        return layers
-    cache = torch.cuda.get_device_properties(place.device).L2_cache_size
-    bytes_of = {name: int(share * cache) for name, share in AHEAD.items()}
-    found = []
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        output, gate_up = layer.output.memory, layer.gate_up.memory
-        first = min(output.nbytes, bytes_of["attention"])
-        wanted = (
-            [(output, first), (gate_up, bytes_of["attention"] - first)],
-            [(gate_up, bytes_of["gate_up"])],
-            [(layer.down.memory, bytes_of["down"])],
-            [] if following is None else [(following.qkv.memory, bytes_of["following"])],
-        )
-        parts = [[a for a in (Ahead.of(*w) for w in some) if a is not None] for some in wanted]
-        found.append(replace(layer, ahead=_AheadOf(*parts)))
-    return found
 
 
 def _norm(module: Any, dtype: torch.dtype) -> _Norm:

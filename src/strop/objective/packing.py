@@ -1,8 +1,9 @@
 """Packing arithmetic: samples into micro-batches of at most a token budget, a group's prompt stored once.
 
-Order is kept and nothing is drawn, so the result is a function of the samples alone. A group that does not fit into
-what is left of a micro-batch is split, and its prompt repeated. How samples are split changes no gradient beyond
-float order, because every token already carries its share of the step's loss (`Sample.token_weight`).
+Order is kept and nothing is drawn, so the result is a function of the samples alone. A group may be split, and then its
+prompt is computed in both micro-batches; where to cut is what makes the fewest tokens and micro-batches in all. How
+samples are split changes no gradient beyond float order, because every token already carries its share of the step's
+loss (`Sample.token_weight`).
 
 Within a micro-batch all prompts lie first, then all completions: the keys of the prompts and the queries of the
 completions are then two slices, and attention between them copies neither.
@@ -11,12 +12,23 @@ completions are then two slices, and attention between them copies neither.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import compress, groupby
+from itertools import compress, groupby, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..types import GroupSpan, MicroBatch, Sample, SequenceSpan
+
+MICRO_BATCH_TOKENS = 256
+"""What a micro-batch costs beside its tokens, in tokens: launching its kernels, unpacking weights in few bits."""
+
+
+class _Item(NamedTuple):
+    starts: bool
+    """Whether a prompt comes with it wherever it lies: it is the first of its group, or prompts are not shared."""
+    prompt: tuple[int, ...]
+    sample: Sample
 
 
 def pack(samples: Sequence[Sample], token_budget: int, *, share_prompt: bool = True) -> list[MicroBatch]:
@@ -25,29 +37,47 @@ def pack(samples: Sequence[Sample], token_budget: int, *, share_prompt: bool = T
     With `share_prompt` a group's prompt is stored once per micro-batch, else once per completion. A single completion
     longer than the budget gets a micro-batch of its own; the plan keeps the budget above that.
     """
+    items = list(_with_prompts(samples, share_prompt))
     batches: list[MicroBatch] = []
-    current: list[tuple[tuple[int, ...], list[Sample]]] = []
-    used = 0
-    for starts_group, prompt, sample in _with_prompts(samples, share_prompt):
-        own = _layer_tokens(sample)
-        cost = own + (len(prompt) if starts_group or not current else 0)
-        if current and used + cost > token_budget:
-            batches.append(_build(current))
-            current, used = [], 0
-            cost = own + len(prompt)
-        if starts_group or not current:
-            current.append((prompt, []))
-        current[-1][1].append(sample)
-        used += cost
-    if current:
-        batches.append(_build(current))
+    for first, end in pairwise(_cuts(items, token_budget)):
+        groups: list[tuple[tuple[int, ...], list[Sample]]] = []
+        for item in items[first:end]:
+            if item.starts or not groups:
+                groups.append((item.prompt, []))
+            groups[-1][1].append(item.sample)
+        batches.append(_build(groups))
     return batches
 
 
-def _with_prompts(samples: Sequence[Sample], share: bool) -> Iterator[tuple[bool, tuple[int, ...], Sample]]:
+def _cuts(items: Sequence[_Item], token_budget: int) -> list[int]:
+    """Return where micro-batches begin and end, 0 first: of all cuts in order those that cost least.
+
+    Dynamic programming over the last micro-batch: the least cost up to `end` is that up to its first item, plus it.
+    """
+    costs, begins = [0], [0]
+    for end in range(1, len(items) + 1):
+        tokens, least, best = 0, -1, end - 1
+        for first in range(end - 1, -1, -1):
+            starts, prompt, sample = items[first]
+            tokens += _layer_tokens(sample) + (len(prompt) if starts else 0)
+            held = tokens + (0 if starts else len(prompt))
+            if held > token_budget and first < end - 1:
+                break
+            cost = costs[first] + held + MICRO_BATCH_TOKENS
+            if least < 0 or cost < least:
+                least, best = cost, first
+        costs.append(least)
+        begins.append(best)
+    cuts = [len(items)]
+    while cuts[-1]:
+        cuts.append(begins[cuts[-1]])
+    return cuts[::-1]
+
+
+def _with_prompts(samples: Sequence[Sample], share: bool) -> Iterator[_Item]:
     for prompt, members in groupby(samples, key=lambda s: s.scored.rollout.problem.prompt_token_ids):
         for i, sample in enumerate(members):
-            yield i == 0 or not share, prompt, sample
+            yield _Item(i == 0 or not share, prompt, sample)
 
 
 def _layer_tokens(sample: Sample) -> int:

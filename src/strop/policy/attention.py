@@ -184,6 +184,8 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:  # fmt: skip
+        # A model may hold a head's tokens side by side; FlashAttention's output would then lie in that way too.
+        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
         out, saved = attend(q, k, v, layout, scaling, window)
         ctx.save_for_backward(q, k, v, out, *saved)
         ctx.how = (layout, scaling, window)
