@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -241,14 +242,39 @@ def test_another_process_on_the_card_is_seen_and_its_memory_comes_back_after_kil
     finally:
         other.kill()
         other.wait()
+    assert_free_again(uuid, before.free_bytes)
+
+
+def assert_free_again(uuid: str, free_bytes: int) -> None:
+    """Wait until as much of the card is free as there was, or nearly."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         after = look_at_card(uuid)
         assert after is not None
-        if before.free_bytes - after.free_bytes < 64 << 20:
+        if free_bytes - after.free_bytes < 64 << 20:
             return
         time.sleep(0.2)
-    raise AssertionError("the memory of a killed process did not come back")
+    raise AssertionError("the memory of a process that ended did not come back")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_the_card_is_free_again_however_a_run_ends(sign: signal.Signals, tmp_path: Path) -> None:
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+    before = look_at_card(uuid)
+    assert before is not None
+    run = demo_run(tmp_path / "run")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "checkpoint-2" / "manifest.json").is_file():
+        assert run.poll() is None, run.stdout.read()[-3000:] if run.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    during = look_at_card(uuid)
+    assert during is not None
+    assert before.free_bytes - during.free_bytes > 1 << 30
+    run.send_signal(sign)
+    run.wait(timeout=60)
+    assert_free_again(uuid, before.free_bytes)
 
 
 @pytest.mark.parametrize("cap", [3.0, 5.0])
