@@ -103,13 +103,15 @@ def rollout(engine: Any, groups: int, each: int, tokens: int) -> tuple[float, in
 def measure(engine: Any, label: str, times: Times) -> None:
     for groups, each, tokens in SHAPES:
         rollout(engine, groups, each, 8)
+        short, _ = rollout(engine, groups, each, 8)  # prompts, and what a rollout takes to begin and to end
         times.clear()
         seconds, steps = rollout(engine, groups, each, tokens)
         parts = "  ".join(f"{k} {1000 * v / steps:.2f}" for k, v in sorted(times.items()))
         rest = 1000 * (seconds - sum(times.values())) / steps
         print(
             f"{label:<34} {groups * each:>4} sequences  {1000 * seconds / steps:6.2f} ms a step  "
-            f"{groups * each * tokens / seconds:8,.0f} tok/s   {parts}  rest (waiting, own work) {rest:.2f}",
+            f"{groups * each * tokens / seconds:8,.0f} tok/s   {parts}  rest (waiting, own work) {rest:.2f}  "
+            f"8 tokens in {1000 * short:.0f} ms",
             flush=True,
         )
 
