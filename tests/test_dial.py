@@ -105,3 +105,14 @@ def test_a_torch_that_cannot_tell_its_cap_is_left_without_one(monkeypatch: pytes
     assert card.fraction < 1
     dial.close()
     assert card.fraction == 1.0
+
+
+def test_the_peak_of_a_second_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    first = VramDial(20 * GIB, free_bytes=TOTAL)
+    steps(card, first, kv=0, released=False, rollout=GIB, training=12 * GIB)
+    assert first.peak_bytes == 12 * GIB + CONTEXT
+    card.set(kept=0, cached=0, kv=0)
+    second = VramDial(4 * GIB, free_bytes=TOTAL)
+    steps(card, second, kv=0, released=False, rollout=GIB, training=2 * GIB)
+    assert second.peak_bytes == 2 * GIB + CONTEXT

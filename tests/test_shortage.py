@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_wiring import OPTIMIZER, config
+from test_wiring import OPTIMIZER, config, reward_file
 
 from strop import train
 from strop.errors import CheckpointError, MemoryExhaustedError
 from strop.trainer import session as session_module
 from strop.trainer import update as update_module
 from strop.trainer.checkpoint import read_checkpoint, read_latest, write_checkpoint
+from strop.trainer.evaluate_run import evaluate_target
 from strop.weights import SharedWeights
 
 
@@ -179,3 +180,99 @@ def test_a_shortage_is_told_even_where_no_checkpoint_can_be_written(
     with pytest.raises(MemoryExhaustedError, match="completions were generated"):
         train(config(), out=out)
     assert "could be written after the shortage: the disk is full" in capsys.readouterr().out
+
+
+def test_the_third_shortage_right_behind_a_save_goes_on_smaller_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the step before is there already and stays as it is; what was learned stands beside it."""
+    out = tmp_path / "run"
+    given = config(run={"max_steps": 3, "save_steps": 1}, rollout={"num_generations": 8})
+    train(config(run={"max_steps": 1, "save_steps": 1}, rollout={"num_generations": 8}), out=out)
+    tried: list[int] = []
+    for _ in range(4):
+        with monkeypatch.context() as short:
+            out_of_memory_beyond(35, short)
+            try:
+                summary = train(given, out=out, resume=True)
+                break
+            except MemoryExhaustedError:
+                tried.append(json.loads((out / "micro_batch_limit.json").read_text())["micro_batch_tokens"])
+    else:
+        raise AssertionError(f"every resumed run ended in the same way: {tried}")
+    assert summary["steps"] == 3
+    assert tried
+    assert tried == sorted(tried, reverse=True)
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_an_evaluation_between_steps_without_memory_ends_the_run_behind_a_whole_step(
+    stepped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    # Where all get the same, no step changes the weights.
+    rewards = {} if stepped else {"funcs": [reward_file(tmp_path, "return [1.0] * len(completions)")], "check": False}
+    given = config(run={"max_steps": 4, "eval_steps": 2, "save_steps": 4, "eval_num_problems": 2}, rewards=rewards)
+    original, calls = session_module.evaluate, []
+
+    def second_time(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        return fail() if len(calls) == 2 else original(*args, **more)
+
+    monkeypatch.setattr(session_module, "evaluate", second_time)
+    with pytest.raises(MemoryExhaustedError, match="during an evaluation") as error:
+        train(given, out=out)
+    assert "--resume" in error.value.hint
+    newest = read_latest(out)
+    assert newest is not None
+    assert newest.step == 2
+    assert train(given, out=out, resume=True)["steps"] == 4
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_last_evaluation_without_memory_leaves_a_summary_and_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    original, calls = session_module.evaluate, []
+
+    def last_time(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        return fail() if len(calls) == 2 else original(*args, **more)
+
+    monkeypatch.setattr(session_module, "evaluate", last_time)
+    with pytest.raises(MemoryExhaustedError, match="during an evaluation"):
+        train(config(run={"max_steps": 2, "eval_num_problems": 2}), out=out)
+    assert "checkpoint-2 holds everything" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["stopped"] == "failed"
+
+
+def test_a_shortage_while_a_checkpoint_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, original, calls = tmp_path / "run", SharedWeights.publish, []
+    train(config(run={"max_steps": 1}), out=out)
+
+    def second(weights: SharedWeights) -> int:
+        calls.append(1)
+        return original(weights) if len(calls) % 2 else fail()
+
+    monkeypatch.setattr(SharedWeights, "publish", second)
+    with pytest.raises(MemoryExhaustedError, match="a checkpoint was read"):
+        train(config(run={"max_steps": 2}), out=out, resume=True)
+    with pytest.raises(MemoryExhaustedError, match="a checkpoint was read"):
+        evaluate_target(out, ["run.eval_num_problems=2"])
+
+
+def test_moments_of_an_earlier_coding_are_no_matter_to_an_evaluation(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = config(run={"max_steps": 1, "eval_num_problems": 2}, optim={"name": "adamw_8bit"})
+    after = train(given, out=out)["eval_after"]
+    newest = read_latest(out)
+    assert newest is not None
+    old = {name.replace("exp_avg_sq_root", "exp_avg_sq"): value for name, value in newest.tensors(OPTIMIZER).items()}
+    shutil.rmtree(newest.path)
+    write_checkpoint(out, 1, tensors={OPTIMIZER: old}, state=newest.state, keep=1)
+    found = evaluate_target(out, [])
+    assert found.pass_at_1 == after["pass@1"]
+    with pytest.raises(CheckpointError, match="8-bit moments"):
+        train(config(run={"max_steps": 2, "eval_num_problems": 2}, optim={"name": "adamw_8bit"}), out=out, resume=True)

@@ -31,10 +31,14 @@ def grpo_arguments(work: Workload, given: argparse.Namespace) -> dict[str, Any]:
     """Return arguments of TRL's GRPOConfig; what the workload does not say is left at TRL's default."""
     learns = work.shape is None
     batch = work.num_prompts * work.num_generations
+    if batch % given.micro_batch:
+        raise SystemExit(
+            f"--micro-batch {given.micro_batch}: the {batch} completions of {work.id} are no multiple of it"
+        )
     objective = {"loss_type": "dapo", "epsilon_high": 0.28, "mask_truncated_completions": True} if learns else {}
     return {
         "output_dir": "/tmp/strop-bench-peer", "per_device_train_batch_size": given.micro_batch,
-        "gradient_accumulation_steps": max(1, batch // given.micro_batch), "num_generations": work.num_generations,
+        "gradient_accumulation_steps": batch // given.micro_batch, "num_generations": work.num_generations,
         "max_completion_length": work.completion_tokens, "beta": 0.0, "bf16": True, "temperature": 1.0,
         "learning_rate": 5e-5 if learns else 1e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3,
         "max_steps": given.steps, "logging_steps": 1, "save_strategy": "no", "report_to": [], "seed": given.seed,

@@ -109,7 +109,7 @@ def _from_metrics(event: Event) -> dict[str, Any]:
         "logp_difference": _median(rows, "sampling/sampling_logp_difference/mean"),
         "mean_length": _median(rows, "completions/mean_length"),
         "rewards": [row.get("reward") for row in event["rows"]],
-        "torch_peak_gib": _median(rows, "memory/peak_gib"), "plan": event["plan"],
+        "own_peak_gib": rows[-1].get("memory/peak_gib"), "plan": event["plan"],
         "phases_s": {name[5:-2]: _median(rows, name) for name in rows[-1] if name.startswith("time/")},
     }  # fmt: skip
 

@@ -36,7 +36,7 @@ class VramDial:
         # Older releases of torch cannot tell; nothing else of ours sets it.
         getter = getattr(torch.cuda, "get_per_process_memory_fraction", None)
         self._fraction_before = float(getter()) if getter is not None else 1.0
-        self.rollouts()
+        self._begin_phase(released=0)  # what came before, as an earlier run of this process, is no part of the peak
 
     def rollouts(self) -> None:
         """Cap for rollouts, with the KV cache mapped; call it before it is mapped again."""
@@ -63,6 +63,11 @@ class VramDial:
         as it was measured in the first phases: later kernels, some tens of MB, are not in it.
         """
         return max(self._peak, torch.cuda.max_memory_reserved() - self._released) + self._beside
+
+    @property
+    def beside_bytes(self) -> int:
+        """What this process holds beside torch: context, kernels, libraries; the most that was measured."""
+        return self._beside
 
     def _end_phase(self) -> None:
         self._peak = max(self._peak, torch.cuda.max_memory_reserved() - self._released)

@@ -41,9 +41,10 @@ def check_vocabulary(config: Config, shape: ModelShape, engine: str) -> None:
             hint="model.head: auto and model.embedding: auto",
         )
     if shape.tied_embeddings and (model.embedding in _NEVER_TIED or model.head == "16bit"):
+        apart = f"model.embedding {model.embedding}" if model.embedding in _NEVER_TIED else " and ".join(packed)
+        beside = "" if model.embedding in _NEVER_TIED else f" with model.head {model.head}"
         raise PlanError(
-            f"the model uses one tensor for embedding and output head: {' and '.join(packed)} cannot be had with "
-            f"model.head {model.head}",
+            f"the model uses one tensor for embedding and output head: {apart} cannot be had{beside}",
             hint="model.head: int8 and model.embedding: auto hold both in 8 bits",
         )
 

@@ -54,13 +54,15 @@ def _cuts(items: Sequence[_Item], token_budget: int) -> list[int]:
 
     Dynamic programming over the last micro-batch: the least cost up to `end` is that up to its first item, plus it.
     """
+    # Of each item: its tokens, and those of the prompt that come on top where a micro-batch begins with it.
+    sizes = [_layer_tokens(i.sample) + (len(i.prompt) if i.starts else 0) for i in items]
+    repeated = [0 if i.starts else len(i.prompt) for i in items]
     costs, begins = [0], [0]
     for end in range(1, len(items) + 1):
         tokens, least, best = 0, -1, end - 1
         for first in range(end - 1, -1, -1):
-            starts, prompt, sample = items[first]
-            tokens += _layer_tokens(sample) + (len(prompt) if starts else 0)
-            held = tokens + (0 if starts else len(prompt))
+            tokens += sizes[first]
+            held = tokens + repeated[first]
             if held > token_budget and first < end - 1:
                 break
             cost = costs[first] + held + MICRO_BATCH_TOKENS

@@ -174,7 +174,10 @@ class CompactAdamW:
 
     @torch.no_grad()
     def step(self, *, learning_rate: float, gradient_scale: float) -> None:
-        """Scale the gradients, make one AdamW step and write the result into the parameters in place."""
+        """Scale the gradients, make one AdamW step and write the result into the parameters in place.
+
+        A parameter without a gradient counts as one whose gradient is zero.
+        """
         self._steps += 1
         for piece in self._pieces:
             self._step_piece(piece, learning_rate, gradient_scale)

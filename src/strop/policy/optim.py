@@ -54,6 +54,14 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], settings: Optim
     )  # fmt: skip
 
 
+@torch.no_grad()
+def load_weights(parameters: Mapping[str, torch.nn.Parameter], state: Mapping[str, torch.Tensor]) -> None:
+    """Restore the parameters alone from what an optimizer's `state_dict` returned, whatever its moments."""
+    for name, p in parameters.items():
+        stored = state.get(f"master.{name}")
+        p.copy_(state[f"parameter.{name}"] if stored is None else stored)
+
+
 class MasterAdamW:
     """torch's AdamW on fp32 masters.
 

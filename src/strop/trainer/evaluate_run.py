@@ -10,7 +10,7 @@ from ..config_load import load_config
 from ..errors import CheckpointError, ConfigError
 from ..monitor.progress import Progress
 from ..monitor.summary import EvalSummary
-from ..policy.optim import make_optimizer
+from ..policy.optim import load_weights
 from .checkpoint import Checkpoint, read_latest
 from .evaluate import eval_requests, evaluate
 from .parts import build, make_pool, prepare
@@ -29,13 +29,12 @@ def evaluate_target(target: Path, overrides: Sequence[str]) -> EvalSummary:
         with shortage_told("load"):
             parts = stack.enter_context(build(prepared, pool, progress.note))
         if checkpoint is not None:
-            with shortage_told("optimizer"):
-                optimizer = make_optimizer(parts.policy.trainable, config.optim)
-            optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
-            parts.weights.publish()
+            with shortage_told("restore"):
+                load_weights(parts.policy.trainable, checkpoint.tensors(OPTIMIZER_FILE))
+                parts.weights.publish()
             parts.weights.version = checkpoint.step
             progress.say(f"evaluating {checkpoint.path}")
-        with progress.phase("evaluate", total=len(eval_requests(parts))), shortage_told("evaluate"):
+        with progress.phase("evaluate", total=len(eval_requests(parts))), shortage_told("evaluate", resumable=False):
             result = evaluate(parts, lambda rollout: progress.advance(), progress.tick)
     if result is None:
         raise ConfigError(

@@ -38,4 +38,6 @@ class Interrupt:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        self._say("stopping when this step is done; a checkpoint will be written (Ctrl-C again stops at once)")
+        self._say(
+            "stopping when this step, or the start, is done; a checkpoint will be written (Ctrl-C again stops at once)"
+        )

@@ -42,13 +42,13 @@ def train(
             while session.goes_on:
                 train_step(session)
                 session.checkpoint_if_due()
+            return session.finish()
         except DivergenceError:
             session.summarise("diverged", None)
             raise
         except MemoryExhaustedError:
             session.save_after_shortage()
             raise
-        return session.finish()
 
 
 def train_step(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from .interrupt import Interrupt
 from .parts import Parts, build, length_shaping, make_pool, prepare
 from .rewards_command import check_before_training
 from .runfolder import open_run_folder
-from .session import OPTIMIZER_FILE, Session
+from .session import LIMIT_FILE, OPTIMIZER_FILE, Session
 from .shortage import shortage_told
 from .state import RunState
 from .update import MicroBatchLimit
@@ -58,6 +59,11 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             with shortage_told("optimizer"):
                 optimizer = make_optimizer(parts.policy.trainable, config.optim)
             state = _restore(checkpoint, parts, optimizer, progress) if checkpoint else RunState()
+            tokens = _limit(checkpoint, folder.path)
+            if tokens is not None and tokens < parts.plan.micro_batch_tokens:
+                progress.note(
+                    f"micro-batches stay at most {tokens} tokens long: the card ran out of memory on longer ones"
+                )
             pool.wait_ready()
             last_step = state.step - 1 if resume else None
             metrics = stack.enter_context(MetricsLog(folder.metrics_path, resume_step=last_step))
@@ -71,7 +77,6 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
             trackers = Trackers(config.run.report_to, folder.tensorboard_path, last_step)
             stack.callback(trackers.close)
             progress.start_at(state.step, config.run.max_steps)
-        tokens = checkpoint.state.get("micro_batch_limit") if checkpoint else None
         session = Session(
             config, parts, optimizer, folder, progress, interrupt, metrics, rollouts, trackers, watch, state,
             saved_step=checkpoint.step if checkpoint else -1, started=started,
@@ -82,11 +87,20 @@ def open_session(config: Config, out: Path, *, resume: bool) -> Iterator[Session
         yield session
 
 
+def _limit(checkpoint: Checkpoint | None, folder: Path) -> int | None:
+    """Return the longest micro-batch that memory allowed so far: as the checkpoint says, or the run's last end."""
+    found = [checkpoint.state.get("micro_batch_limit")] if checkpoint else []
+    if (folder / LIMIT_FILE).is_file():
+        found.append(json.loads((folder / LIMIT_FILE).read_text())["micro_batch_tokens"])
+    return min((tokens for tokens in found if tokens is not None), default=None)
+
+
 def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: Optimizer, progress: Progress) -> RunState:
     for message in checkpoint.skipped:
         progress.note(message)
-    optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
-    parts.weights.publish()
+    with shortage_told("restore"):
+        optimizer.load_state_dict(checkpoint.tensors(OPTIMIZER_FILE))
+        parts.weights.publish()
     state = RunState.from_dict(checkpoint.state)
     parts.weights.version = state.step
     before, now = checkpoint.state["promise"], parts.plan.promise()
@@ -94,9 +108,6 @@ def _restore(checkpoint: Checkpoint, parts: Parts, optimizer: Optimizer, progres
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     if changed:
         progress.note(f"the run goes on, but not bit-equal to an uninterrupted one: {', '.join(changed)}")
-    limit = checkpoint.state.get("micro_batch_limit")
-    if limit is not None and limit < parts.plan.micro_batch_tokens:
-        progress.note(f"micro-batches stay at most {limit} tokens long: the card ran out of memory on longer ones")
     versions = parts.pool.versions()
     known: dict[str, str] = checkpoint.state.get("reward_versions", versions)
     if rewritten := [name for name, version in versions.items() if known.get(name) != version]:

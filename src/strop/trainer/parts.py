@@ -139,6 +139,9 @@ def without_pinned_memory(prepared: Prepared, note: Callable[[str], None]) -> Pr
             candidate, shape, machine, engine=engine[0], engine_reason=engine[1], kept=prepared.kept
         )  # fmt: skip
 
+    if config.model.embedding == "host" and prepared.kept:
+        raise PlanError(why, hint="end what else locks memory; or begin again in --out ANOTHER_FOLDER with "
+                        "model.embedding: auto, which a resumed run cannot change")  # fmt: skip
     if config.model.embedding == "host":
         try:
             other = planned(changed(config, model__embedding="auto"))
@@ -153,6 +156,10 @@ def without_pinned_memory(prepared: Prepared, note: Callable[[str], None]) -> Pr
         f"{why}; planned again with model.embedding {other.embedding} and model.head {other.head}: "
         f"{other.max_num_seqs} completions at a time, micro-batches of {other.micro_batch_tokens} tokens"
     )
+    if prepared.kept and (other.embedding, other.head) != (plan.embedding, plan.head):
+        note(
+            "embedding or head are rounded now, so log-probabilities are no longer quite those that the run began with"
+        )
     return replace(prepared, plan=other, machine=machine)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import DivergenceError, StropError
+from ..errors import DivergenceError, MemoryExhaustedError, StropError
 from ..monitor.metrics import MetricsLog
 from ..monitor.progress import Progress
 from ..monitor.rollouts import RolloutStore
@@ -34,6 +34,8 @@ from .watch import Watch, stopped_by
 
 MAX_NONFINITE_STEPS = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
+LIMIT_FILE = "micro_batch_limit.json"
+"""What a run that memory ended has learned, for the checkpoint that it goes on from."""
 
 
 @dataclass(slots=True)
@@ -120,7 +122,12 @@ class Session:
     def record(
         self, scored_N: list[ScoredRollout], batch: SampleBatch, stats: StepStats, extras: Mapping[str, list[Any]]
     ) -> None:
-        """Write the finished step's metrics and rollouts, advance the step number and guard against divergence."""
+        """Write the finished step's metrics and rollouts, advance the step number and guard against divergence.
+
+        An evaluation that finds no memory ends the run after all of this: the step is whole.
+        """
+        self.in_step = True
+        shortage: MemoryExhaustedError | None = None
         step, config, state = self.state.step, self.config, self.state
         verdicts = [s.correct for s in scored_N if s.correct is not None]
         seen = self.watch.see(scored_N, batch.advantages_N)
@@ -139,7 +146,11 @@ class Session:
         values |= {"num_tokens": state.num_tokens, "nonfinite_steps": state.nonfinite_steps, **seen.metrics}
         values |= self._logged_by_rewards(values)
         if config.run.eval_steps and state.step % config.run.eval_steps == 0 and state.step < config.run.max_steps:
-            result = self.evaluate_or_say(stoppable=False)
+            result = None
+            try:
+                result = self.evaluate_or_say(stoppable=False)
+            except MemoryExhaustedError as e:
+                shortage = e
             if result is not None:
                 values |= {"eval_pass@1": result.pass_at_1, f"eval_pass@{result.k}": result.pass_at_k}
                 self.progress.say(f"held out after step {state.step}: {shown(result)}")
@@ -153,6 +164,8 @@ class Session:
         self.watch.keep_canary(step, scored_N)
         self.in_step = False
         self._tell(step, values, scored_N, stats)
+        if shortage is not None:
+            raise shortage
 
     def _logged_by_rewards(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return what reward functions gave to `log_metric`; a name of ours is not overwritten but moved aside."""
@@ -190,7 +203,7 @@ class Session:
             "time/other_s": total - sum(times.values()),
             "tokens/generated_per_s": generated / generating if generating else math.nan,
             "tokens/trained_per_s": trained / training if training else math.nan,
-            "memory/peak_gib": _peak_gib(self.parts),
+            **_memory(self.parts),
             "step_time": total - times.get("evaluate", 0.0),
         }
 
@@ -261,6 +274,8 @@ class Session:
             self.progress.note("no checkpoint is written: the weights have changed since the last whole step")
             return
         try:
+            if self.limit.tokens is not None:  # also where this step's checkpoint is there already, without it
+                self.folder.write_json(LIMIT_FILE, {"micro_batch_tokens": self.limit.tokens})
             self.save()
             self.summarise("failed", None)
         except (StropError, RuntimeError, OSError) as e:
@@ -350,9 +365,9 @@ def shown(result: EvalSummary) -> str:
     return f"{text} on {result.problems} problems"
 
 
-def _peak_gib(parts: Parts) -> float:
+def _memory(parts: Parts) -> dict[str, float]:
     if parts.dial is not None:
-        return parts.dial.peak_bytes / 2**30
+        return {"memory/peak_gib": parts.dial.peak_bytes / 2**30, "memory/beside_gib": parts.dial.beside_bytes / 2**30}
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    return {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30}

@@ -17,6 +17,7 @@ from ..objective.packing import halved
 from ..policy.optim import Optimizer
 from ..policy.policy import DeviceBatch, Policy
 from ..types import Metric, MicroBatch, StepStats, merge_metrics
+from .shortage import IN_A_NEW_RUN
 
 MAX_HALVINGS = 2
 """How often a micro-batch that does not fit is halved; the next one that does not fit ends the run."""
@@ -53,9 +54,8 @@ class MicroBatchLimit:
             raise MemoryExhaustedError(
                 f"the card has too little memory to train on {failed.num_tokens} tokens at a time "
                 f"({self.halvings} smaller micro-batches were tried before): {reason}",
-                hint="rollout.max_completion_length: shorten it; or run.vram_gib: raise it, if something else used the "
-                "card; or optim.micro_batch_tokens: set it below "
-                f"{failed.num_tokens}; the last checkpoint is kept: go on with --resume",
+                hint=f"optim.micro_batch_tokens: set it below {failed.num_tokens}; or run.vram_gib: raise it, if "
+                f"something else used the card; then go on with --resume. {IN_A_NEW_RUN}",
             )
         self.halvings, self.quiet = self.halvings + 1, 0
         parts: list[MicroBatch] = list(batches)
