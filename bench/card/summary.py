@@ -109,7 +109,8 @@ def _from_metrics(event: Event) -> dict[str, Any]:
         "logp_difference": _median(rows, "sampling/sampling_logp_difference/mean"),
         "mean_length": _median(rows, "completions/mean_length"),
         "rewards": [row.get("reward") for row in event["rows"]],
-        "own_peak_gib": rows[-1].get("memory/peak_gib"), "plan": event["plan"],
+        "own_peak_gib": rows[-1].get("memory/peak_gib"), "beside_gib": rows[-1].get("memory/beside_gib"),
+        "alloc_retries": rows[-1].get("memory/alloc_retries"), "plan": event["plan"],
         "phases_s": {name[5:-2]: _median(rows, name) for name in rows[-1] if name.startswith("time/")},
     }  # fmt: skip
 

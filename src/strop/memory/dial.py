@@ -69,6 +69,11 @@ class VramDial:
         """What this process holds beside torch: context, kernels, libraries; the most that was measured."""
         return self._beside
 
+    @property
+    def retries(self) -> int:
+        """How often torch's allocator gave back what it had cached to stay under the cap, which stops the card."""
+        return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
     def _end_phase(self) -> None:
         self._peak = max(self._peak, torch.cuda.max_memory_reserved() - self._released)
 

@@ -366,8 +366,12 @@ def shown(result: EvalSummary) -> str:
 
 
 def _memory(parts: Parts) -> dict[str, float]:
-    if parts.dial is not None:
-        return {"memory/peak_gib": parts.dial.peak_bytes / 2**30, "memory/beside_gib": parts.dial.beside_bytes / 2**30}
+    if (dial := parts.dial) is not None:
+        return {
+            "memory/peak_gib": dial.peak_bytes / 2**30,
+            "memory/beside_gib": dial.beside_bytes / 2**30,
+            "memory/alloc_retries": float(dial.retries),
+        }
     import resource
 
     return {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30}
