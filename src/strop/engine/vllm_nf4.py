@@ -135,13 +135,7 @@ class Nf4LinearMethod(LinearMethodBase):
         rows = sum(output_partition_sizes)
         if (input_size, output_size) != (input_size_per_partition, rows):
             raise ValueError("NF4 weights are not cut across cards")
-        groups = nf4.groups_of(input_size)
-        packed = torch.nn.Parameter(torch.empty(rows, nf4.BLOCK * groups, dtype=torch.uint8), requires_grad=False)
-        layer.register_parameter("weight", packed)
-        absmax = torch.empty(rows, 2 * groups, dtype=torch.float16)
-        layer.register_buffer("weight_absmax", absmax, persistent=False)
-        held: Any = layer
-        held.nf4 = nf4.Nf4(packed.data, absmax, input_size)
+        held, packed = _allocated(layer, rows, input_size)
         held.nf4_missing, held.nf4_dtype = rows, params_dtype
 
         def load(parameter: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
@@ -165,6 +159,19 @@ class Nf4LinearMethod(LinearMethodBase):
         """Return x W^T + bias."""
         held: Any = layer
         return products.linear(x, held.nf4, bias)
+
+
+def _allocated(layer: Any, rows: int, columns: int) -> tuple[Any, torch.nn.Parameter]:
+    """Give a layer an NF4 weight of zeros, `layer.nf4`; return the layer and the parameter that vLLM loads into.
+
+    Rows that no checkpoint has, as those that pad a vocabulary, stay zeros.
+    """
+    groups = nf4.groups_of(columns)
+    packed = torch.nn.Parameter(torch.zeros(rows, nf4.BLOCK * groups, dtype=torch.uint8), requires_grad=False)
+    layer.register_parameter("weight", packed)
+    layer.register_buffer("weight_absmax", torch.zeros(rows, 2 * groups, dtype=torch.float16), persistent=False)
+    layer.nf4 = nf4.Nf4(packed.data, layer.weight_absmax, columns)
+    return layer, packed
 
 
 def _rows_of(sizes: Sequence[int], shard: Any) -> tuple[int, int]:
@@ -257,12 +264,7 @@ class Nf4Rows(QuantizeMethodBase):
     def create_weights(self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
         """Allocate codes and scales; `weight_args` are vLLM's (columns, [rows], columns, rows)."""
         columns, (rows,) = weight_args[0], weight_args[1]
-        groups = nf4.groups_of(columns)
-        packed = torch.nn.Parameter(torch.zeros(rows, nf4.BLOCK * groups, dtype=torch.uint8), requires_grad=False)
-        layer.register_parameter("weight", packed)
-        layer.register_buffer("weight_absmax", torch.zeros(rows, 2 * groups, dtype=torch.float16), persistent=False)
-        held: Any = layer
-        held.nf4 = nf4.Nf4(packed.data, held.weight_absmax, columns)
+        held, packed = _allocated(layer, rows, columns)
         self._dtype: torch.dtype = extra_weight_attrs["params_dtype"]
 
         def load(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
