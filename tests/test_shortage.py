@@ -13,7 +13,7 @@ import torch
 from test_wiring import OPTIMIZER, config, reward_file
 
 from strop import train
-from strop.errors import CheckpointError, MemoryExhaustedError
+from strop.errors import CheckpointError, MemoryExhaustedError, RunError
 from strop.trainer import session as session_module
 from strop.trainer import update as update_module
 from strop.trainer.checkpoint import read_checkpoint, read_latest, write_checkpoint
@@ -203,6 +203,10 @@ def test_the_third_shortage_right_behind_a_save_goes_on_smaller_too(
     assert summary["steps"] == 3
     assert tried
     assert tried == sorted(tried, reverse=True)
+    (out / "micro_batch_limit.json").write_text("{")
+    with pytest.raises(RunError, match=r"micro_batch_limit.json.* cannot be read") as error:
+        train(config(run={"max_steps": 4, "save_steps": 1}, rollout={"num_generations": 8}), out=out, resume=True)
+    assert "remove it" in error.value.hint
 
 
 @pytest.mark.parametrize("stepped", [True, False])

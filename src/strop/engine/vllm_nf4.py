@@ -149,8 +149,7 @@ class Nf4LinearMethod(LinearMethodBase):
         """Check that every row was read, and compile the kernels. Raises ValueError when rows are missing."""
         held: Any = layer
         if self._random:
-            held.nf4.packed.random_(0, 256)
-            held.nf4.absmax.uniform_(0.0, 0.05)
+            _randomise(held.nf4)
         elif held.nf4_missing:
             raise ValueError(f"{held.nf4_missing} rows of `{held.prefix}` are not in the checkpoint")
         products.prepare(held.nf4, held.nf4_dtype, held.bias, self._most)
@@ -172,6 +171,12 @@ def _allocated(layer: Any, rows: int, columns: int) -> tuple[Any, torch.nn.Param
     layer.register_buffer("weight_absmax", torch.zeros(rows, 2 * groups, dtype=torch.float16), persistent=False)
     layer.nf4 = nf4.Nf4(packed.data, layer.weight_absmax, columns)
     return layer, packed
+
+
+def _randomise(weight: nf4.Nf4) -> None:
+    """Fill in codes and scales of no meaning, for measuring without a checkpoint."""
+    weight.packed.random_(0, 256)
+    weight.absmax.uniform_(0.0, 0.05)
 
 
 def _rows_of(sizes: Sequence[int], shard: Any) -> tuple[int, int]:
@@ -276,8 +281,7 @@ class Nf4Rows(QuantizeMethodBase):
         """Fill random weights, where they were asked for."""
         held: Any = layer
         if self._random:
-            held.nf4.packed.random_(0, 256)
-            held.nf4.absmax.uniform_(0.0, 0.05)
+            _randomise(held.nf4)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Raise ValueError: an output head is held in 8 bits at least."""

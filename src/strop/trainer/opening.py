@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..config import Config
+from ..errors import RunError
 from ..monitor.metrics import MetricsLog
 from ..monitor.progress import Progress
 from ..monitor.rollouts import RolloutStore
@@ -91,7 +92,12 @@ def _limit(checkpoint: Checkpoint | None, folder: Path) -> int | None:
     """Return the longest micro-batch that memory allowed so far: as the checkpoint says, or the run's last end."""
     found = [checkpoint.state.get("micro_batch_limit")] if checkpoint else []
     if (folder / LIMIT_FILE).is_file():
-        found.append(json.loads((folder / LIMIT_FILE).read_text())["micro_batch_tokens"])
+        try:
+            found.append(int(json.loads((folder / LIMIT_FILE).read_text())["micro_batch_tokens"]))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise RunError(
+                f"`{folder / LIMIT_FILE}` cannot be read: {e!r}", hint="remove it; the run then finds out again"
+            ) from e
     return min((tokens for tokens in found if tokens is not None), default=None)
 
 
